@@ -1,0 +1,191 @@
+"""Feature-gradient pruning (FGP). Lv et al. 2024, "FGP: Feature-Gradient-Prune"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .features import find_activations, observed
+from .scoring import CalibrationTask, Layer, get_layer, num_channels, scoring
+
+
+def fgp(
+    model: nn.Module,
+    task: CalibrationTask,
+    layers: Sequence[str],
+    *,
+    generator: torch.Generator,
+    feature_point: Literal["conv", "act"] = "conv",
+    class_agg: Literal["sum", "min", "mean"] = "sum",
+    presence: Literal["predicted", "label"] = "predicted",
+    map_norm: Literal["none", "layer_max"] = "none",
+    criterion: Literal["both", "feature_only", "gradient_only"] = "both",
+    classes: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """Feature x gradient heat of each channel, added up over the classes (FGP).
+
+    With F the feature and z the logits of an image of class d:
+    G_c = mean over pixels of dz_d / dF_c;  I_cd = mean over the images of class d of the sum over
+    pixels of ReLU(G_c F_c);  score_c = sum over d of I_cd. Eqs. 6-9 of the paper, without the sum
+    over channels in eq. 6, which would make all channels equal.
+
+    All layers together cost one forward and one backward pass a calibration batch: in evaluation
+    mode images do not mix, so the gradient of sum_b z[b, d_b] holds every image's own gradient.
+
+    Args:
+        model: A classifier; scored in evaluation mode and left as it was.
+        task: Gives the calibration batches.
+        layers: Names of the layers to score.
+        generator: Not used.
+        feature_point: F is the layer's output, or the output of the batch norm and activation
+            that follow it (up to the next sum, product, pooling or layer).
+        class_agg: How I_cd becomes the score; only classes that have an image take part.
+        presence: The class of an image is the predicted one or its label.
+        map_norm: `layer_max` divides the maps of an image by their largest value in the layer.
+        criterion: `feature_only` uses |F| in place of ReLU(G F); `gradient_only` is |G_c|.
+        classes: Use only the images of these classes; None for all.
+
+    Returns:
+        Layer name to scores, [out]; zero where a layer is not called or no logit depends on it.
+
+    Raises:
+        ValueError: If the model's output is not [batch, classes], if `classes` are not classes
+            of the task, or if no image has one of them.
+    """
+    wanted = _class_mask(classes, task.num_classes)
+    batches = task.calibration_batches()
+    modules = {name: get_layer(model, name) for name in layers}
+    with scoring(model):
+        sums = {n: torch.zeros(task.num_classes, num_channels(m)) for n, m in modules.items()}
+        counts = torch.zeros(task.num_classes)
+        activations = {}
+        if feature_point == "act":
+            activations = find_activations(model, layers, batches[0][0][:1].clone())
+        for images, labels in batches:
+            features: list[tuple[str, _Feature]] = []
+
+            def observe(name: str, tensor: Tensor, to: list[Any] = features) -> None:
+                to.append((name, _Feature.read(modules[name], tensor)))
+
+            with observed(model, layers, observe, activations):
+                given = labels if presence == "label" else None
+                present = _run(model, images, given, task.num_classes, criterion != "feature_only")
+            counts += torch.bincount(present, minlength=task.num_classes)
+            for name, feature in features:
+                sums[name].index_add_(0, present, feature.heat(criterion, map_norm).cpu())
+    used = wanted & (counts > 0)
+    if not used.any():
+        raise ValueError(
+            f"`fgp.classes` (={classes!r}) must hold a class of some calibration image: no image "
+            f"has one of them (presence={presence!r}). Add classes or enlarge the calibration set."
+        )
+    means = {name: total[used] / counts[used, None] for name, total in sums.items()}
+    return {name: _AGGREGATE[class_agg](mean) for name, mean in means.items()}
+
+
+def _run(
+    model: nn.Module, images: Tensor, labels: Tensor | None, num_classes: int, backward: bool
+) -> Tensor:
+    """One forward pass, and a backward pass from each image's class; returns the classes [B].
+
+    The class is the predicted one where no labels are given.
+    """
+    source = images.clone().requires_grad_(backward)
+    logits = model(source.clone())  # which the model may change in place
+    _check_logits(logits, num_classes, differentiable=backward)
+    present = logits.argmax(1) if labels is None else labels
+    if backward:
+        torch.autograd.grad(logits.gather(1, present[:, None]).sum(), source)
+    return present.cpu()
+
+
+_AGGREGATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda means: means.sum(0),
+    "min": lambda means: means.amin(0),
+    "mean": lambda means: means.mean(0),
+}
+
+
+@dataclass
+class _Feature:
+    """What the scores need of one feature [B, C, ...]: far smaller than the feature itself.
+
+    G_c is one number a map, so sum ReLU(G F) = ReLU(G) sum ReLU(F) + ReLU(-G) sum ReLU(-F), and
+    the same holds for the largest value; neither needs F once G arrives.
+    """
+
+    layer: Layer
+    sums: tuple[Tensor, Tensor]  # of ReLU(F) and of ReLU(-F) over the pixels, [B, C]
+    peaks: tuple[Tensor, Tensor]  # the largest ReLU(F) and ReLU(-F) over the pixels, [B, C]
+    gradient: Tensor | None = None  # G, [B, C]; None where the logits do not depend on F
+
+    @classmethod
+    def read(cls, layer: Layer, tensor: Tensor) -> _Feature:
+        """Summarises a feature; the backward pass fills in the gradient."""
+        maps = _as_maps(layer, tensor.detach())
+        sides = (maps.clamp(min=0), (-maps).clamp_(min=0))
+        feature = cls(
+            layer,
+            sums=(sides[0].sum(2), sides[1].sum(2)),
+            peaks=(sides[0].amax(2), sides[1].amax(2)),
+        )
+        if tensor.requires_grad:
+            tensor.register_hook(feature._receive)  # type: ignore[no-untyped-call]
+        return feature
+
+    def _receive(self, gradient: Tensor) -> None:
+        self.gradient = _as_maps(self.layer, gradient).mean(2)
+
+    def heat(self, criterion: str, map_norm: str) -> Tensor:
+        """Sum over the pixels of each image's map of each channel, [B, C]."""
+        gradient = torch.zeros_like(self.sums[0]) if self.gradient is None else self.gradient
+        if criterion == "gradient_only":
+            heat = peak = gradient.abs()
+        else:
+            up, down = gradient.clamp(min=0), (-gradient).clamp(min=0)
+            if criterion == "feature_only":
+                up = down = torch.ones_like(gradient)
+            heat = up * self.sums[0] + down * self.sums[1]
+            peak = torch.maximum(up * self.peaks[0], down * self.peaks[1])
+        if map_norm == "layer_max":
+            largest = peak.amax(1, keepdim=True)
+            heat = heat / torch.where(largest > 0, largest, 1)
+        return heat
+
+
+def _as_maps(layer: Layer, tensor: Tensor) -> Tensor:
+    """[B, C, pixels] in float32; the channels of a linear layer's output come last."""
+    if isinstance(layer, nn.Linear):
+        tensor = tensor.movedim(-1, 1)
+    return tensor.reshape(*tensor.shape[:2], -1).float()
+
+
+def _class_mask(classes: Sequence[int] | None, num_classes: int) -> Tensor:
+    if classes is None:
+        return torch.ones(num_classes, dtype=torch.bool)
+    if unknown := [index for index in classes if not 0 <= index < num_classes]:
+        raise ValueError(
+            f"`fgp.classes` (={list(classes)!r}) must be class indices from 0 to "
+            f"{num_classes - 1}: {unknown[0]} is not one. Leave it out or change it."
+        )
+    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask[list(classes)] = True
+    return mask
+
+
+def _check_logits(logits: Any, num_classes: int, *, differentiable: bool) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != num_classes:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"`criterion` (='fgp') must score a classifier: it needs logits [batch, "
+            f"{num_classes}], and the model gives {found}. Use another criterion or head."
+        )
+    if differentiable and not logits.requires_grad:
+        raise ValueError(
+            "`criterion` (='fgp') must score a differentiable model: these logits have no "
+            "gradient with respect to the images. Remove no_grad or detach from its forward."
+        )

@@ -1,0 +1,148 @@
+"""Recovery after pruning, and the training of the dense model.
+
+Batch-norm recalibration: Li et al. 2020 (EagleEye), arXiv:2007.02491. Distillation: Hinton et al.
+2015, arXiv:1503.02531.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+WARMUP_FRACTION = 0.1
+DISTILL_TEMPERATURE = 4.0
+
+
+def recalibrate_batch_norm(
+    model: nn.Module, task: Any, *, generator: torch.Generator, num_images: int = 2048
+) -> None:
+    """Re-estimates the running statistics of every batch norm on training images.
+
+    The statistics become the plain average over the batches; no weight changes.
+
+    Args:
+        model: Changed in place; its train/eval mode is restored.
+        task: Supplies un-augmented training batches.
+        generator: Draws the images.
+        num_images: How many images to use.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    if not norms:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    try:
+        with torch.inference_mode():
+            for images, _ in task.train_batches(generator, max_images=num_images, augment=False):
+                model(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def finetune(
+    model: nn.Module,
+    task: Any,
+    *,
+    epochs: float,
+    lr: float,
+    generator: torch.Generator,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    teacher: nn.Module | None = None,
+    distill: float = 0.0,
+    augment: bool = True,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Trains `model` with SGD (Nesterov) and a warmed-up cosine schedule, in place.
+
+    Args:
+        model: Ends in eval mode.
+        task: Supplies augmented training batches and the loss.
+        epochs: Passes over the training split; a fraction trains on that share of it.
+        lr: Peak learning rate.
+        generator: Draws the batches and the augmentation.
+        momentum: SGD momentum.
+        weight_decay: Applied to every parameter.
+        teacher: The dense model; needed when `distill` > 0.
+        distill: Weight of the distillation term, 0 to 1; the label loss has the rest.
+        augment: Whether training images are augmented as suits the data set.
+        on_epoch: Called after each epoch with its number (from 1) and its mean training loss.
+
+    Raises:
+        FloatingPointError: If the loss is no longer finite.
+    """
+    if epochs <= 0:
+        return
+    batch_sizes = _epoch_sizes(epochs, task.num_train)
+    steps_per_epoch = math.ceil(task.num_train / task.batch_size)
+    total = max(1, round(epochs * steps_per_epoch))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
+    model.train()
+    for epoch, max_images in enumerate(batch_sizes, start=1):
+        losses = []
+        for images, target in task.train_batches(generator, max_images=max_images, augment=augment):
+            loss = _loss(model, task, images, target, teacher, distill)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).mean()) if losses else 0.0
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the training loss became {mean} in epoch {epoch}; a lower `lr` (={lr}) may help"
+            )
+        if on_epoch is not None:
+            on_epoch(epoch, mean)
+    model.eval()
+
+
+def _loss(
+    model: nn.Module,
+    task: Any,
+    images: Tensor,
+    target: Tensor,
+    teacher: nn.Module | None,
+    distill: float,
+) -> Tensor:
+    logits = model(images)
+    loss: Tensor = task.loss(logits, target)
+    if distill > 0:
+        assert teacher is not None
+        with torch.no_grad():
+            soft = F.softmax(teacher(images) / DISTILL_TEMPERATURE, dim=1)
+        student = F.log_softmax(logits / DISTILL_TEMPERATURE, dim=1)
+        kl = F.kl_div(student, soft, reduction="batchmean") * DISTILL_TEMPERATURE**2
+        loss = (1 - distill) * loss + distill * kl
+    return loss
+
+
+def _epoch_sizes(epochs: float, num_train: int) -> list[int | None]:
+    whole = int(epochs)
+    rest = round((epochs - whole) * num_train)
+    return [None] * whole + ([rest] if rest > 0 else [])
+
+
+def _cosine(step: int, total: int) -> float:
+    warmup = max(1, int(WARMUP_FRACTION * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

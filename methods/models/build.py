@@ -1,0 +1,254 @@
+"""From a model's name to an `nn.Module`, with weights from a checkpoint where one is given."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..names import unknown_name
+from . import MODELS
+
+SOURCES = ("torchvision", "timm")
+# What the library's own defaults would do otherwise: download weights, or warn.
+QUIET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+# What safetensors and torch.load raise on a file that is damaged, or is no file of weights.
+UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError),
+    *(RuntimeError, EOFError, OSError, ValueError, KeyError),
+)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    kwargs: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+) -> nn.Module:
+    """Builds a model on the CPU, in eval mode, every parameter trainable.
+
+    Pretrained weights are not downloaded. Without a checkpoint the weights are random: seed them
+    with `torch.manual_seed`.
+
+    Args:
+        name: A zoo name (`MODELS`), `torchvision:NAME`, `timm:NAME`, or `package.module:callable`.
+        num_classes: Passed on when the callable takes it, unless `kwargs` has it.
+        kwargs: Arguments of the callable.
+        checkpoint: A .safetensors or weights-only .pt file with the model's state dict.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the name is unknown, the arguments do not suit, what was built is no
+            module, or the checkpoint does not fit.
+    """
+    builder, defaults = _find_builder(name)
+    arguments = {**defaults, **(kwargs or {})}
+    if _accepts(builder, "num_classes"):
+        arguments.setdefault("num_classes", num_classes)
+    try:
+        model = builder(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`model.kwargs` (={dict(kwargs or {})}) must suit {name}{_signature(builder)}: "
+            f"{error} Correct the arguments."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model.name` (={name}) must build a torch.nn.Module: it returned a "
+            f"{type(model).__name__}. Name a class or a function that returns a module."
+        )
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.cpu().requires_grad_(True).eval()
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict strictly; nothing is loaded when it does not fit.
+
+    Args:
+        model: Receives the weights, in place.
+        path: A .safetensors file, or a .pt or .pth file saved from a state dict (or from a
+            mapping with the key `state_dict`). A `module.` before every key is taken off.
+
+    Raises:
+        ValueError: If the file is missing or unreadable, or its keys or shapes differ.
+    """
+    path = Path(path)
+    state = _read_state(path)
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    expected = model.state_dict()
+    wrong = [
+        f"{key} has shape {list(state[key].shape)} in the file and {list(value.shape)} here"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    missing = [f"{key} is missing" for key in expected if key not in state]
+    unexpected = [f"{key} is not in the model" for key in state if key not in expected]
+    problems = wrong + missing + unexpected
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"`model.checkpoint` (={path}) must hold exactly the model's weights: "
+            f"{'; '.join(problems[:3])}{more}. Use the `model.name`, `model.kwargs` and data set "
+            "(number of classes, channels) that the checkpoint was trained with."
+        )
+    model.load_state_dict(state)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that the model takes: those of its first convolution, else 3."""
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first = next(convs, None)
+    return 3 if first is None else first.in_channels
+
+
+def default_image_size(name: str) -> int | None:
+    """Height and width in pixels that the model was designed for.
+
+    Returns:
+        32 for the zoo, 224 for torchvision (Inception 299), timm's own value; None for a user's
+        callable: the size of the data.
+
+    Raises:
+        ValueError: If a timm name is unknown or timm is not installed.
+    """
+    source, _, rest = name.partition(":")
+    if source == "torchvision":
+        return 299 if rest == "inception_v3" else 224
+    if source == "timm":
+        config = _timm().get_pretrained_cfg(rest)
+        return int(config.input_size[-1]) if config else 224
+    return 32 if name in MODELS else None
+
+
+Builder = Callable[..., Any]
+
+
+def _find_builder(name: str) -> tuple[Builder, dict[str, Any]]:
+    """The callable behind a name, and the arguments it gets unless the user sets them."""
+    source, colon, rest = name.partition(":")
+    if not colon:
+        if name not in MODELS:
+            forms = [
+                *MODELS,
+                "torchvision:NAME",
+                "timm:NAME",
+                "package.module:callable",
+            ]
+            raise ValueError(unknown_name("model.name", name, forms))
+        return MODELS[name], {}
+    if source == "torchvision":
+        return _torchvision_builder(rest)
+    if source == "timm":
+        return _timm_builder(rest)
+    return _user_builder(name, source, rest), {}
+
+
+def _torchvision_builder(name: str) -> tuple[Builder, dict[str, Any]]:
+    from torchvision import models  # imported here: the zoo does not need it
+
+    if name not in models.list_models():
+        raise ValueError(unknown_name("model.name", name, models.list_models()))
+    builder = models.get_model_builder(name)
+    defaults: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        defaults["weights_backbone"] = None
+    return builder, defaults | QUIET_DEFAULTS.get(name, {})
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            "`model.name` (=timm:...) must name an installed library: timm is not installed. "
+            "Install it with `pip install 'prune-search[timm]'`."
+        ) from error
+    return timm
+
+
+def _timm_builder(name: str) -> tuple[Builder, dict[str, Any]]:
+    timm = _timm()
+    if not timm.is_model(name):
+        near = timm.list_models(f"{name[:4]}*") or timm.list_models()[:10]
+        raise ValueError(unknown_name("model.name", name, near))
+
+    def create(**kwargs: Any) -> nn.Module:
+        model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
+        return model
+
+    return create, {}
+
+
+def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the user's module exists, and what it imports does not
+        raise ValueError(
+            f"`model.name` (={name}) must name an importable module: there is no module "
+            f"{error.name}. Install it or add its folder to PYTHONPATH; the sources known by name "
+            f"are {', '.join(SOURCES)}."
+        ) from error
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
+        public = [key for key, value in vars(module).items() if callable(value)]
+        raise ValueError(unknown_name("model.name", name, [f"{module_name}:{k}" for k in public]))
+    return builder  # type: ignore[no-any-return]
+
+
+def _accepts(builder: Builder, argument: str) -> bool:
+    parameters = inspect.signature(builder).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _signature(builder: Builder) -> str:
+    """The names that the callable takes, as in (num_classes, in_channels)."""
+    return f"({', '.join(inspect.signature(builder).parameters)})"
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(
+            f"`model.checkpoint` (={path}) must be a file: there is none. Correct the path, or "
+            "leave it out and the dense model is trained."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise _not_weights(path, f"it cannot be read ({_first_line(error)})") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise _not_weights(path, "it is not a mapping of names to tensors")
+    return dict(state)
+
+
+def _not_weights(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"`model.checkpoint` (={path}) must hold weights only: {reason}. Save it again with "
+        "`torch.save(model.state_dict(), path)` or as safetensors."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,167 @@
+"""From scores to kept channels: `num_kept`, the selection rules, FGP's retain modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Retain = Literal["peak_k", "peak30", "peak50_rand30", "bot50_rand30", "rand30"]
+
+_ROUNDING = 1e-9  # what binary fractions may add: 0.07 * 100 is a little more than 7
+
+
+def num_kept(channels: int, keep: float, *, round_to: int = 1) -> int:
+    """How many of `channels` the fraction `keep` keeps: ceil(keep * channels), rounded.
+
+    Args:
+        channels: Number of channels, >= 1.
+        keep: Fraction kept, in (0, 1].
+        round_to: Round to the nearest multiple (halves up), at least one and at most all
+            channels. All channels stay all, whether a multiple or not. Never decreases when
+            `keep` or `channels` times `keep` grows.
+
+    Returns:
+        A number from min(round_to, channels) to channels.
+
+    Raises:
+        ValueError: If `keep` or `round_to` is out of range.
+    """
+    _check_fraction("keep", keep)
+    return _rounded(math.ceil(keep * channels - _ROUNDING), channels, round_to)
+
+
+def select_ratio(scores: Tensor, keep: float, *, round_to: int = 1) -> Tensor:
+    """Keeps the `num_kept` channels of highest score. FGP eq. 11.
+
+    Args:
+        scores: Importance of each channel, [channels]; higher means keep.
+        keep: Fraction of the channels kept, in (0, 1].
+        round_to: See `num_kept`.
+
+    Returns:
+        Indices of the kept channels, int64 on the CPU, ascending. Of equal scores the lower
+        index is kept.
+
+    Raises:
+        ValueError: If the scores are not finite, or `keep` or `round_to` is out of range.
+    """
+    order = _ranking(scores)
+    return _sorted(order[: num_kept(len(order), keep, round_to=round_to)])
+
+
+def select_cumulative(scores: Tensor, k: float, *, round_to: int = 1) -> Tensor:
+    """Keeps the fewest channels that hold the fraction `k` of the total score. FGP section 5.4.
+
+    Args:
+        scores: Importance of each channel, [channels], >= 0; higher means keep.
+        k: Fraction of the total score kept, in (0, 1]. Where all scores are zero, it is the
+            fraction of channels, as in `select_ratio`.
+        round_to: See `num_kept`.
+
+    Returns:
+        Indices of the kept channels, int64 on the CPU, ascending. Of equal scores the lower
+        index is kept.
+
+    Raises:
+        ValueError: If the scores are not finite or negative, or `k` or `round_to` is out of range.
+    """
+    _check_fraction("k", k)
+    order = _ranking(scores)
+    if scores.min() < 0:
+        raise ValueError(
+            f"`scores` (lowest {scores.min():.3g}) must not be negative: a share of their sum "
+            f"means nothing then. Use the rule 'ratio'."
+        )
+    cumulated = scores.detach().cpu().double()[order].cumsum(0)
+    total = cumulated[-1].item()
+    if total == 0:
+        return select_ratio(scores, k, round_to=round_to)
+    fewest = int((cumulated < k * total * (1 - _ROUNDING)).sum()) + 1
+    return _sorted(order[: _rounded(fewest, len(order), round_to)])
+
+
+SELECTION_RULES: dict[str, Callable[..., Tensor]] = {
+    "ratio": select_ratio,
+    "cumulative": select_cumulative,
+}
+
+
+def select_retain(
+    scores: Tensor, retain: Retain, generator: torch.Generator, *, k: float = 0.4
+) -> Tensor:
+    """The ways of choosing channels that FGP compares (Fig. 4).
+
+    Args:
+        scores: Importance of each channel, [channels]; higher means keep.
+        retain: `peak_k`: `select_cumulative` with `k`. `peak30`: the best 30 % of the channels.
+            `rand30`: 30 % of the channels at random. `peak50_rand30` and `bot50_rand30`: as many,
+            drawn at random from the better or the worse half (the middle one is in both).
+        generator: CPU generator of the random choices.
+        k: Used by `peak_k` alone.
+
+    Returns:
+        Indices of the kept channels, int64 on the CPU, ascending.
+
+    Raises:
+        ValueError: If `retain` is unknown or the scores are not finite.
+    """
+    if retain not in get_args(Retain):
+        raise ValueError(
+            f"`retain` (={retain!r}) must be one of {', '.join(get_args(Retain))}: there is no "
+            f"other. Use one of these."
+        )
+    if retain == "peak_k":
+        return select_cumulative(scores, k)
+    order = _ranking(scores)
+    count, half = num_kept(len(order), 0.3), math.ceil(len(order) / 2)
+    if retain == "peak30":
+        return _sorted(order[:count])
+    pool = {
+        "peak50_rand30": order[:half],
+        "bot50_rand30": order[-half:],
+        "rand30": order,
+    }[retain]
+    return _sorted(pool[torch.randperm(len(pool), generator=generator)[:count]])
+
+
+def _ranking(scores: Tensor) -> Tensor:
+    """Channel indices, best first; of equal scores the lower index first."""
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(
+            f"`scores` (of shape {list(scores.shape)}) must be one number a channel: there is "
+            f"nothing to select from. Give a tensor [channels]."
+        )
+    if not scores.isfinite().all():
+        raise ValueError(
+            "`scores` (with infinite or NaN values) must be finite: they cannot be ranked. "
+            "Check the model that was scored."
+        )
+    return scores.detach().cpu().argsort(descending=True, stable=True)
+
+
+def _rounded(count: int, channels: int, round_to: int) -> int:
+    if round_to < 1:
+        raise ValueError(
+            f"`round_to` (={round_to}) must be at least 1: widths become its multiples. "
+            f"Use 1 for no rounding."
+        )
+    if count >= channels:
+        return channels
+    nearest = (2 * count + round_to) // (2 * round_to) * round_to
+    return min(max(nearest, round_to), channels)
+
+
+def _check_fraction(field: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"`{field}` (={value}) must be in (0, 1]: it is the fraction that is kept. "
+            f"Use 1 to keep everything."
+        )
+
+
+def _sorted(indices: Tensor) -> Tensor:
+    return indices.sort().values

@@ -1,0 +1,357 @@
+"""The command line. Heavy libraries are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .yaml_source import ConfigError
+
+if TYPE_CHECKING:
+    from .config import SearchConfig
+    from .runs import Run
+
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Structured pruning of vision models as a multi-objective search on Ray.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks that print one table each.")
+app.add_typer(bench, name="bench")
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The search's config.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="key.sub=value", help="Override a config key; repeatable."),
+]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster: ray://HOST:PORT, auto or local (default).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="How many trials in all.")]
+
+
+def main() -> None:
+    """Entry point: turns errors into messages and exit codes."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        _complain(str(error))
+        sys.exit(EXIT_WRONG_INPUT)
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+@app.command("run")
+def run_command(
+    config: ConfigFile,
+    set_: Overrides = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder.")] = None,
+    trials: Trials = None,
+    address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search: train or load the dense model, run the trials, print the front."""
+    from .runs import check_new_folder
+
+    overrides = [*(set_ or []), *([f"search.trials={trials}"] if trials else [])]
+    search = _load(config, overrides)
+    folder = out_dir or Path("results") / search.name
+    check_new_folder(folder)
+    if dry_run:
+        _print_check(search, as_json)
+        return
+    from .runs import run
+
+    _finish(folder, as_json, lambda progress: run(
+        search, out=folder, address=address, progress=progress
+    ))  # fmt: skip
+
+
+@app.command()
+def resume(run_dir: RunDir, address: Address = None, as_json: AsJson = False) -> None:
+    """Finish an interrupted run; no completed trial is run again."""
+    from .runs import Run, resume
+
+    _import_user_code(Run(run_dir).config)
+    _finish(run_dir, as_json, lambda progress: resume(run_dir, address=address, progress=progress))
+
+
+@app.command()
+def extend(
+    run_dir: RunDir,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials to add.")],
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add trials to a run."""
+    from .runs import Run, resume
+
+    config = Run(run_dir).config
+    _import_user_code(config)
+    total = config.search.trials + trials
+    _finish(run_dir, as_json, lambda progress: resume(
+        run_dir, trials=total, address=address, progress=progress
+    ))  # fmt: skip
+
+
+@app.command()
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Show how far a run is and where its time went."""
+    from .runs import Run
+    from .tables import status_of, status_table
+
+    found = status_of(Run(run_dir))
+    out.print_json(json.dumps(found)) if as_json else out.print(status_table(found))
+
+
+@app.command("list")
+def list_command(
+    results_dir: Annotated[Path, typer.Argument(metavar="[RESULTS_DIR]")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder."""
+    from .runs import Run, find_runs
+    from .tables import runs_table, status_of
+
+    found = [status_of(Run(folder)) for folder in find_runs(results_dir)]
+    out.print_json(json.dumps(found)) if as_json else out.print(runs_table(found, results_dir))
+
+
+@app.command()
+def front(
+    run_dir: RunDir,
+    x: Annotated[str | None, typer.Option(help="Metric on the horizontal axis.")] = None,
+    y: Annotated[str | None, typer.Option(help="Metric on the vertical axis.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the Pareto front with the dense baseline beside it."""
+    from .runs import Run
+    from .tables import front_rows, front_table
+
+    run = Run(run_dir)
+    for option, metric in (("--x", x), ("--y", y)):
+        _check_metric(option, metric)
+    if plot is not None:
+        run.plot(plot, x, y)
+        err.print(f"wrote {plot}", markup=False, highlight=False)
+    if as_json:
+        out.print_json(json.dumps({"baseline": run.baseline, "front": front_rows(run)}))
+    else:
+        _print_wide(front_table(run))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.")],
+    trial: Annotated[str | None, typer.Option(metavar="ID", help="This front member.")] = None,
+    minimize: Annotated[
+        str | None, typer.Option("--min", metavar="METRIC", help="The member with the least.")
+    ] = None,
+    maximize: Annotated[
+        str | None, typer.Option("--max", metavar="METRIC", help="The member with the most.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar='"METRIC<=NUMBER"', help="Only members that satisfy this."),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="safetensors: recipe and weights.")
+    ] = "safetensors",
+    as_json: AsJson = False,
+) -> None:
+    """Write a front member as a folder that `load_pruned` reads; test it once."""
+    from .runs import Run
+    from .tables import export_summary
+
+    if format_ != "safetensors":
+        raise ConfigError(
+            f"`--format` (={format_}) must be safetensors: the only one there is. Leave it out."
+        )
+    if (trial is not None) + (minimize is not None) + (maximize is not None) > 1:
+        raise ConfigError("`--trial`, `--min` and `--max` must not be combined. Choose one.")
+    run = Run(run_dir)
+    _import_user_code(run.config)
+    run.export(out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ())
+    summary = export_summary(out_dir)
+    if as_json:
+        out.print_json(json.dumps(summary))
+    else:
+        for name, value in summary.items():
+            out.print(f"{name:>18}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what can be removed, what cannot and why; run no trial."""
+    _print_check(_load(config, set_ or []), as_json)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List criteria, selection rules, block orders and samplers."""
+    from .tables import known_methods, names_table
+
+    _print_names(known_methods(), names_table, as_json)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the model zoo and the ways to name other models."""
+    from .tables import known_models, names_table
+
+    _print_names(known_models(), names_table, as_json)
+
+
+@app.command()
+def datasets(as_json: AsJson = False) -> None:
+    """List the data sets and where their files are looked for."""
+    from .tables import known_datasets, names_table
+
+    _print_names(known_datasets(), names_table, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, hardware, memory, and that a local Ray starts."""
+    from .doctor import diagnose
+
+    checks = diagnose()
+    if as_json:
+        out.print_json(json.dumps(checks))
+    else:
+        for item in checks:
+            mark = "ok  " if item["ok"] else "FAIL"
+            out.print(f"{mark}  {item['check']}: {item['found']}", markup=False, soft_wrap=True)
+    if not all(item["ok"] for item in checks):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@bench.command("blocks")
+def bench_blocks_command(
+    model: str = "resnet56",
+    images: int = 1000,
+    rounds: int = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Time block ranking by suffix-only evaluation against full forwards."""
+    from .bench import bench_blocks
+
+    result = bench_blocks(model=model, images=images, rounds=rounds)
+    if as_json:
+        out.print_json(json.dumps(result))
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+def _load(path: Path, overrides: Sequence[str]) -> SearchConfig:
+    from .config import check_names, load_config
+
+    config = load_config(path, overrides)
+    _import_user_code(config)
+    check_names(config, path, overrides)
+    return config
+
+
+def _import_user_code(config: SearchConfig) -> None:
+    """`module:callable` is looked for in the current folder too, last; Ray's workers follow."""
+    if ":" in config.model.name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
+    """Does the work with progress shown, prints the front; an interrupt says how to resume."""
+    from .progress import Progress
+    from .tables import front_rows, front_table, time_table
+
+    try:
+        run = work(Progress(err))
+    except KeyboardInterrupt:
+        if (folder / "config.yaml").exists():
+            _complain(
+                "Interrupted. Every finished trial is stored. Continue with "
+                f"`prune-search resume {folder}`."
+            )
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        out.print_json(
+            json.dumps({"run": str(folder), "baseline": run.baseline, "front": front_rows(run)})
+        )
+    else:
+        _print_wide(front_table(run))
+        out.print(time_table(run))
+        out.print(
+            f"run folder: {folder}\nexport the fastest within 1 %: prune-search export {folder} "
+            '--min latency_ms --where "accuracy_drop<=0.01" --out exported',
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not any(result.status == "completed" for result in run.results()):
+        _complain("No trial was completed. `prune-search status` shows the causes.")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_check(config: SearchConfig, as_json: bool) -> None:
+    from .checks import check_report
+    from .tables import check_tables
+
+    report = check_report(config)
+    if as_json:
+        out.print_json(json.dumps(report))
+        return
+    for part in check_tables(report):
+        _print_wide(part)
+
+
+def _print_names(
+    names: dict[str, dict[str, str]], table: Callable[..., Any], as_json: bool
+) -> None:
+    out.print_json(json.dumps(names)) if as_json else out.print(table(names))
+
+
+def _print_wide(table: Any) -> None:
+    """Prints a table in full width where the output is not a terminal."""
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(width=160, file=out.file).print(table)
+
+
+def _check_metric(option: str, metric: str | None) -> None:
+    from .config import METRICS
+    from .yaml_source import nearest
+
+    if metric is not None and metric not in METRICS:
+        raise ConfigError(
+            f"`{option}` (={metric}) must be one of {', '.join(METRICS)}. "
+            f"{nearest(metric, METRICS)}".rstrip()
+        )
+
+
+def _complain(message: str) -> None:
+    err.print(f"prune-search: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

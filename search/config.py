@@ -1,0 +1,427 @@
+"""YAML or a mapping -> `SearchConfig`, checked once; every mistake is named with its position."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from .config_errors import RuleError, explain
+from .metrics import METRICS, Constraint, check_constraints, check_objectives
+from .yaml_source import (
+    ConfigError,
+    Loc,
+    Source,
+    dotted,
+    mapping_source,
+    nearest,
+    read_source,
+    write_yaml,
+)
+
+__all__ = [
+    "METRICS",
+    "ConfigError",
+    "Constraint",
+    "SearchConfig",
+    "check_names",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """Read and check a configuration file.
+
+    Args:
+        path: YAML 1.2 file, UTF-8.
+        overrides: `key.sub=value` assignments, applied in order; the value is YAML.
+
+    Raises:
+        ConfigError: With one line `file:line:column: ...` for every mistake.
+    """
+    return _build(read_source(path, overrides))
+
+
+def parse_config(data: Mapping[str, Any]) -> SearchConfig:
+    """Check a configuration given as nested mappings, for the Python API.
+
+    Raises:
+        ConfigError: With one line for every mistake.
+    """
+    return _build(mapping_source(data))
+
+
+def dump_config(config: SearchConfig) -> str:
+    """The whole configuration, defaults included, as YAML that loads back equal."""
+    stream = io.StringIO()
+    write_yaml(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def check_names(
+    config: SearchConfig, path: str | Path | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Check the names of the model, the data set and the criteria against what is installed.
+
+    Apart from `load_config` because the registries import torch.
+
+    Args:
+        config: What `load_config(path, overrides)` returned.
+        path: Its file, for positions; None if it came from `parse_config`.
+        overrides: Its overrides.
+
+    Raises:
+        ConfigError: With one line for every unknown name or option.
+    """
+    from ..methods.criteria import CRITERIA, validate_options
+    from ..methods.data import DATASETS
+    from ..methods.models import MODELS
+
+    source = Source("config") if path is None else read_source(path, overrides)
+    mistakes = []
+    if ":" not in config.model.name:
+        mistakes += _unknown(source, ("model", "name"), config.model.name, MODELS)
+    mistakes += _unknown(source, ("data", "name"), config.data.name.replace("-", "_"), DATASETS)
+    for index, criterion in enumerate(config.space.criteria):
+        loc = ("space", "criteria", index)
+        if criterion.name not in CRITERIA:
+            mistakes += _unknown(source, loc, criterion.name, CRITERIA)
+            continue
+        try:
+            validate_options(criterion.name, criterion.options)
+        except ValueError as error:
+            mistakes.append(f"{source.where(loc)}: {error}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Range(_Section):
+    @model_validator(mode="after")
+    def _in_order(self) -> _Range:
+        low, high = getattr(self, "low", 0.0), getattr(self, "high", 1.0)
+        if low > high:
+            raise RuleError(
+                f"be at most `high` (={high}): the range from low to high would be empty",
+                "low",
+                value=low,
+                fix="Swap the two or set both alike.",
+            )
+        return self
+
+
+class Criterion(_Section):
+    """A channel criterion and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, data: object) -> Criterion:
+        """Read `name` or `{name: {option: value}}`."""
+        if isinstance(data, str) and data:
+            return cls(name=data)
+        if isinstance(data, dict) and len(data) == 1:
+            name, options = next(iter(data.items()))
+            if isinstance(options, dict):
+                return cls(name=str(name), options=options)
+        raise RuleError(
+            "be a name, or one name with a mapping of its options",
+            fix="Write for example `- taylor` or `- fgp: {feature_point: act}`.",
+        )
+
+    def to_yaml(self) -> str | dict[str, dict[str, Any]]:
+        """Inverse of `parse`."""
+        return {self.name: self.options} if self.options else self.name
+
+
+def _parsed_constraint(data: object) -> Constraint:
+    return data if isinstance(data, Constraint) else Constraint.parse(data)
+
+
+def _parsed_criterion(data: object) -> Criterion:
+    return data if isinstance(data, Criterion) else Criterion.parse(data)
+
+
+_ConstraintText = Annotated[Constraint, BeforeValidator(_parsed_constraint), PlainSerializer(str)]
+_CriterionItem = Annotated[
+    Criterion, BeforeValidator(_parsed_criterion), PlainSerializer(Criterion.to_yaml)
+]
+
+
+class ModelConfig(_Section):
+    """The network to prune."""
+
+    name: str = Field(
+        pattern=r"^[^:\s]+(:[^:\s]+)?$",
+        description="a zoo name, torchvision:NAME, timm:NAME or package.module:callable",
+        examples=["resnet20"],
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="the constructor's arguments")
+    checkpoint: str | None = Field(
+        default=None, min_length=1, description="a .safetensors or .pt file"
+    )
+
+
+class DataConfig(_Section):
+    """The images and how they are split."""
+
+    name: str = Field(min_length=1, description="a data set's name", examples=["digits"])
+    root: str | None = Field(default=None, min_length=1, description="the folder of the files")
+    image_size: int | None = Field(default=None, ge=8, description="pixels a side")
+    batch_size: int = Field(default=128, ge=2, description="images in a training batch")
+    split: Annotated[tuple[float, float, float], Field(strict=False)] = Field(
+        default=(0.7, 0.15, 0.15), description="the shares of train, val and test"
+    )
+    limit: int | None = Field(default=None, ge=1, description="the most train + val images to use")
+    calibration_size: int = Field(
+        default=512, ge=1, description="training images that score channels"
+    )
+    augment: bool = Field(
+        default=True, description="whether training images are shifted and flipped"
+    )
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _three_shares(cls, split: object) -> object:
+        shares = list(split) if isinstance(split, (list, tuple)) else []
+        numbers = [s for s in shares if isinstance(s, (int, float)) and not isinstance(s, bool)]
+        positive = len(numbers) == len(shares) == 3 and min(numbers) > 0
+        if not positive or abs(sum(numbers) - 1) > 1e-6:
+            total = f" (their sum is {sum(numbers):.6g})" if positive else ""
+            raise RuleError(f"be three positive numbers that sum to 1{total}")
+        return split
+
+
+class BaselineConfig(_Section):
+    """How the dense model is trained when there is no checkpoint."""
+
+    epochs: int = Field(default=30, ge=0, description="passes over the training images")
+    lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
+    weight_decay: float = Field(default=5e-4, ge=0, description="the weight decay of SGD")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="the momentum of SGD")
+
+
+class BlocksConfig(_Section):
+    """Which blocks the search may remove."""
+
+    mode: Literal["mask", "ranked", "none"] = Field(
+        default="mask", description="how blocks are searched"
+    )
+    order: Literal["greedy", "oneshot", "sequential", "random"] = Field(
+        default="greedy", description="how blocks are ranked"
+    )
+    valid: Literal["paper", "residual"] = Field(
+        default="paper", description="which blocks are removable"
+    )
+    max_drop: float = Field(
+        default=0.5, ge=0, le=1, description="the largest fraction of blocks removed"
+    )
+
+
+class KeepConfig(_Range):
+    """The fractions of channels kept by the rule `ratio`."""
+
+    per: Literal["model", "stage", "group"] = Field(
+        default="stage", description="what shares one fraction"
+    )
+    low: float = Field(
+        default=0.3, gt=0, le=1, description="the smallest fraction of channels kept"
+    )
+    high: float = Field(
+        default=1.0, gt=0, le=1, description="the largest fraction of channels kept"
+    )
+    round_to: int = Field(default=1, ge=1, description="kept channels are a multiple of it")
+    scope: Literal["internal", "all"] = Field(
+        default="all", description="whether channels on a residual path are pruned too"
+    )
+
+
+class TopKConfig(_Range):
+    """The fractions of a group's total score kept by the rule `cumulative`."""
+
+    low: float = Field(
+        default=0.2, gt=0, le=1, description="the smallest fraction of the score kept"
+    )
+    high: float = Field(
+        default=0.95, gt=0, le=1, description="the largest fraction of the score kept"
+    )
+
+
+class SpaceConfig(_Section):
+    """What is searched."""
+
+    criteria: Annotated[tuple[_CriterionItem, ...], Field(strict=False)] = Field(
+        default=(Criterion(name="magnitude_l1"), Criterion(name="taylor"), Criterion(name="fgp")),
+        description="how channels are scored",
+    )
+    blocks: BlocksConfig = Field(default_factory=BlocksConfig)
+    keep: KeepConfig = Field(default_factory=KeepConfig)
+    select: Annotated[tuple[Literal["ratio", "cumulative"], ...], Field(strict=False)] = Field(
+        default=("ratio", "cumulative"), description="how scores become kept channels"
+    )
+    top_k: TopKConfig = Field(default_factory=TopKConfig)
+
+    @property
+    def criterion_names(self) -> tuple[str, ...]:
+        """The criteria's names, in the order of the file."""
+        return tuple(criterion.name for criterion in self.criteria)
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> SpaceConfig:
+        _refuse_twice(self.criterion_names, "criteria")
+        _refuse_twice(self.select, "select")
+        if not self.select:
+            raise RuleError("name at least one rule: ratio or cumulative", "select")
+        if not self.criteria and self.blocks.mode == "none":
+            raise RuleError(
+                "name a criterion where `space.blocks.mode` is none: nothing would be searched",
+                "criteria",
+                fix="Write for example `criteria: [magnitude_l1]`.",
+            )
+        return self
+
+
+class RecoverConfig(_Section):
+    """How a pruned model gets its accuracy back."""
+
+    recalibrate_bn: bool = Field(default=True, description="whether batch norms are re-estimated")
+    epochs: float = Field(
+        default=1.0, ge=0, description="passes over the training images, also fractions"
+    )
+    lr: float = Field(default=0.01, gt=0, description="the peak learning rate")
+    distill: float = Field(
+        default=0.0, ge=0, le=1, description="the weight of the dense model's outputs"
+    )
+
+
+class SamplerConfig(_Section):
+    """How the search proceeds."""
+
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = Field(
+        default="tpe", description="what proposes candidates"
+    )
+    trials: int = Field(
+        default=40, ge=1, description="the number of trials, seed candidates included"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="the seed of everything random")
+    seeds: bool = Field(default=True, description="whether known good candidates are tried first")
+    time_limit_s: float | None = Field(
+        default=None, gt=0, description="seconds until no trial starts"
+    )
+
+
+class ResourcesConfig(_Section):
+    """What one trial gets from Ray."""
+
+    cpu: float = Field(default=1.0, ge=0, description="CPU cores a trial")
+    gpu: float = Field(default=0.0, ge=0, description="GPUs a trial, also fractions")
+    max_concurrent: int | None = Field(default=None, ge=1, description="the most trials at a time")
+    trial_timeout_s: float | None = Field(
+        default=None, gt=0, description="seconds until a trial fails"
+    )
+    max_retries: int = Field(default=2, ge=0, description="new attempts after a worker died")
+
+
+class LatencyConfig(_Section):
+    """How latency is measured."""
+
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N"
+    )
+    batch_size: int = Field(default=1, ge=1, description="images a forward pass")
+    threads: int = Field(default=1, ge=1, description="CPU threads of the measured model")
+    runs: int = Field(default=200, ge=10, description="timed pairs of pruned and dense runs")
+
+
+class SearchConfig(_Section):
+    """Everything a search needs. Only `model` and `data` have no default."""
+
+    name: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="the name of the run's folder: letters, digits, dot, dash and underscore",
+        examples=["digits-resnet20"],
+    )
+    model: ModelConfig
+    data: DataConfig
+    baseline: BaselineConfig = Field(default_factory=BaselineConfig)
+    space: SpaceConfig = Field(default_factory=SpaceConfig)
+    recover: RecoverConfig = Field(default_factory=RecoverConfig)
+    objectives: dict[str, Literal["maximize", "minimize"]] = Field(
+        default={"accuracy": "maximize", "latency_ms": "minimize"},
+        description="metric: direction, 1 to 4 of them",
+    )
+    constraints: Annotated[tuple[_ConstraintText, ...], Field(strict=False)] = Field(
+        default=(), description="bounds such as accuracy_drop <= 0.05"
+    )
+    search: SamplerConfig = Field(default_factory=SamplerConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    latency: LatencyConfig = Field(default_factory=LatencyConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("name") is not None:
+            return data
+        words = []
+        for section in (data.get("data"), data.get("model")):
+            word = section.get("name") if isinstance(section, Mapping) else None
+            words.append(str(word or getattr(section, "name", "run")))
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-._")
+        return {**data, "name": safe[:100] or "run"}
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _sensible_objectives(cls, objectives: object) -> object:
+        return check_objectives(objectives)
+
+    @field_validator("constraints", mode="after")
+    @classmethod
+    def _satisfiable(cls, constraints: tuple[Constraint, ...]) -> tuple[Constraint, ...]:
+        return check_constraints(constraints)
+
+
+def _refuse_twice(names: Sequence[str], field: str) -> None:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise RuleError(
+                f"name {name} once: it stands twice", field, index, fix="Delete one of the two."
+            )
+
+
+def _build(source: Source) -> SearchConfig:
+    try:
+        return SearchConfig.model_validate(source.data)
+    except ValidationError as error:
+        message = explain(error, SearchConfig, source)
+    raise ConfigError(message)
+
+
+def _unknown(source: Source, loc: Loc, name: str, known: Mapping[str, Any]) -> list[str]:
+    if name in known:
+        return []
+    others = " (or torchvision:NAME, timm:NAME, module:callable)" if loc[0] == "model" else ""
+    hint = nearest(name, known) or "Choose one of these."
+    return [
+        f"{source.where(loc)}: `{dotted(loc)}` (={name}) must be one of"
+        f" {', '.join(sorted(known))}{others}. {hint}".rstrip()
+    ]

@@ -1,0 +1,240 @@
+"""The Pareto front: who is on it, how much it dominates, and which member to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .config_errors import RuleError
+from .metrics import METRICS, Constraint
+from .records import TrialResult, TrialStatus
+from .yaml_source import ConfigError, nearest
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+def non_dominated(points: npt.ArrayLike, maximize: Sequence[bool]) -> Mask:
+    """Which points no other point dominates.
+
+    Args:
+        points: [num_points, num_objectives]. A row with a NaN is never on the front.
+        maximize: For each objective whether more is better.
+
+    Returns:
+        Mask, [num_points]. Of equal points only the first is on the front.
+    """
+    costs = _costs(points, maximize)
+    mask: Mask = np.asarray(~np.isnan(costs).any(axis=1))
+    for index in np.flatnonzero(mask):
+        others = costs[mask]
+        no_worse = (others <= costs[index]).all(axis=1)
+        better = (others < costs[index]).any(axis=1)
+        earlier = np.flatnonzero(mask) < index
+        mask[index] = not (no_worse & (better | earlier)).any()
+    return mask
+
+
+def hypervolume(
+    points: npt.ArrayLike, reference_point: Sequence[float], maximize: Sequence[bool]
+) -> float:
+    """Volume that `points` dominate, bounded by the reference point; exact.
+
+    WFG (While et al. 2012, doi:10.1109/TEVC.2010.2077298): each point's own box less what the
+    later points dominate of it, down to a sweep in two dimensions.
+
+    Args:
+        points: [num_points, num_objectives]. Points that are not better than the reference
+            point in every objective add nothing.
+        reference_point: [num_objectives].
+        maximize: For each objective whether more is better.
+    """
+    costs, reference = _costs(points, maximize), _costs([reference_point], maximize)[0]
+    return _volume(costs[(costs < reference).all(axis=1)], reference)
+
+
+def front_of(results: Sequence[TrialResult], objectives: Mapping[str, str]) -> list[TrialResult]:
+    """The non-dominated completed trials, the best in the second objective first.
+
+    Args:
+        results: Trials in any state; a trial that lacks an objective's metric is left out.
+        objectives: Metric -> `maximize` or `minimize`.
+    """
+    candidates = _measured(results, objectives)
+    if not candidates:
+        return []
+    maximize = _maximize(objectives)
+    points = points_of(candidates, objectives)
+    mask = non_dominated(points, maximize)
+    key = _costs(points, maximize)[:, min(1, len(objectives) - 1)]
+    order = sorted(np.flatnonzero(mask), key=lambda index: (key[index], index))
+    return [candidates[index] for index in order]
+
+
+def points_of(results: Sequence[TrialResult], objectives: Mapping[str, str]) -> Array:
+    """The objectives' values, [num_results, num_objectives]; NaN where one was not measured."""
+    rows = [[_value(result, metric) for metric in objectives] for result in results]
+    return np.array(rows, dtype=np.float64).reshape(len(results), len(objectives))
+
+
+def front_hypervolume(
+    results: Sequence[TrialResult],
+    baseline: Mapping[str, float],
+    objectives: Mapping[str, str],
+) -> float:
+    """Hypervolume of the completed trials, bounded by `reference_point`."""
+    points = points_of(_measured(results, objectives), objectives)
+    return hypervolume(points, reference_point(baseline, objectives), _maximize(objectives))
+
+
+def reference_point(
+    baseline: Mapping[str, float], objectives: Mapping[str, str]
+) -> tuple[float, ...]:
+    """The fixed corner from which hypervolume is measured, a little worse than dense.
+
+    Accuracy 0; accuracy_drop the whole dense accuracy; loss that of a uniform guess among ten
+    classes, or 1.1 x dense if that is more; speedup 1 / 1.1; every other metric 1.1 x dense.
+
+    Args:
+        baseline: The dense model's metrics.
+        objectives: Metric -> direction.
+
+    Raises:
+        KeyError: If the baseline lacks a metric that is needed.
+    """
+    return tuple(_worst(metric, baseline) for metric in objectives)
+
+
+def choose(
+    results: Sequence[TrialResult],
+    minimize: str | None = None,
+    maximize: str | None = None,
+    where: Sequence[str] = (),
+) -> TrialResult:
+    """The best completed trial in one metric among those that satisfy `where`.
+
+    Args:
+        results: The trials to choose from. Of equal ones the more accurate is taken.
+        minimize: Metric of which less is wanted.
+        maximize: Metric of which more is wanted; exactly one of the two is given.
+        where: Bounds such as `accuracy_drop <= 0.01`.
+
+    Raises:
+        ConfigError: If a metric or a bound is malformed, or nothing satisfies the bounds; the
+            message then says how close the closest trial came.
+    """
+    metric = minimize or maximize
+    if metric is None or (minimize and maximize):
+        raise ConfigError(
+            f"`metric` (={minimize}, {maximize}) must be one: exactly one of minimize and maximize"
+            " is needed. Write for example --min latency_ms."
+        )
+    _check_metric(metric)
+    bounds = [_bound(text) for text in where]
+    measured = _measured(results, [metric, *(bound.metric for bound in bounds)])
+    if not measured:
+        raise ConfigError(
+            f"`{metric}` must have been measured by a completed trial: none of {len(results)}"
+            " was. Choose another metric or run more trials."
+        )
+    satisfying = [
+        r for r in measured if all(b.violation(_value(r, b.metric)) <= 0 for b in bounds)
+    ]
+    if not satisfying:
+        raise ConfigError(_closest(measured, bounds))
+    sign = 1 if minimize else -1
+    return min(
+        satisfying,
+        key=lambda r: (sign * _value(r, metric), -(r.accuracy or 0.0), r.trial_id),
+    )
+
+
+def _closest(measured: Sequence[TrialResult], bounds: Sequence[Constraint]) -> str:
+    """Message that names the trial with the smallest relative violation."""
+
+    def beyond(result: TrialResult) -> float:
+        scaled = [b.violation(_value(result, b.metric)) / (abs(b.bound) or 1.0) for b in bounds]
+        return sum(max(0.0, violation) for violation in scaled)
+
+    best = min(measured, key=beyond)
+    reached = ", ".join(f"{b.metric} = {_value(best, b.metric):.6g}" for b in bounds)
+    wanted = " and ".join(str(bound) for bound in bounds)
+    return (
+        f"`where` (={wanted}) must hold for a completed trial: none of {len(measured)} satisfies"
+        f" it. The closest is trial {best.trial_id} with {reached}. Loosen the bound or run more"
+        " trials."
+    )
+
+
+def _bound(text: str) -> Constraint:
+    try:
+        return Constraint.parse(text)
+    except RuleError as error:
+        raise ConfigError(f"`where` (={text}) must {error}. {error.fix}") from None
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        hint = nearest(metric, METRICS) or "Choose one of these."
+        raise ConfigError(
+            f"`metric` (={metric}) must be one of {', '.join(METRICS)}. {hint}".rstrip()
+        )
+
+
+def _worst(metric: str, baseline: Mapping[str, float]) -> float:
+    match metric:
+        case "accuracy":
+            return 0.0
+        case "accuracy_drop":
+            return baseline["accuracy"]
+        case "speedup":
+            return 1 / 1.1
+        case "loss":
+            return max(1.1 * baseline["loss"], math.log(10))
+    return 1.1 * baseline[metric]
+
+
+def _volume(costs: Array, reference: Array) -> float:
+    """Hypervolume of costs (less is better) that are all below the reference point."""
+    if len(costs) == 0:
+        return 0.0
+    costs = costs[non_dominated(costs, [False] * len(reference))]
+    if len(reference) == 1:
+        return float(reference[0] - costs[:, 0].min())
+    costs = costs[np.lexsort(costs.T[::-1])]
+    if len(reference) == 2:
+        ceilings = np.concatenate([reference[1:], costs[:-1, 1]])
+        return float(((reference[0] - costs[:, 0]) * (ceilings - costs[:, 1])).sum())
+    return sum(
+        float((reference - cost).prod()) - _volume(np.maximum(costs[index + 1 :], cost), reference)
+        for index, cost in enumerate(costs)
+    )
+
+
+def _costs(points: npt.ArrayLike, maximize: Sequence[bool]) -> Array:
+    """Points with the sign turned so that less is better."""
+    array = np.asarray(points, dtype=np.float64).reshape(-1, len(maximize))
+    return np.where(np.asarray(maximize, dtype=bool), -array, array)
+
+
+def _maximize(objectives: Mapping[str, str]) -> list[bool]:
+    return [direction == "maximize" for direction in objectives.values()]
+
+
+def _measured(
+    results: Sequence[TrialResult], metrics: Mapping[str, str] | Sequence[str]
+) -> list[TrialResult]:
+    return [
+        result
+        for result in results
+        if result.status is TrialStatus.COMPLETED
+        and not any(math.isnan(_value(result, metric)) for metric in metrics)
+    ]
+
+
+def _value(result: TrialResult, metric: str) -> float:
+    value = result.metric(metric)
+    return math.nan if value is None else value

@@ -1,0 +1,186 @@
+"""The picture of a search: every trial, the front, the dense model and the controls."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .front import front_of
+from .metrics import METRICS
+from .records import TrialResult, TrialStatus
+from .store import atomic_write_bytes
+from .yaml_source import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Style = dict[str, Any]
+
+FORMATS = ("png", "svg", "pdf")
+
+_INK, _GREY, _LIGHT = "#222222", "#8a8a8a", "#e6e6e6"
+_BLUE, _VERMILLION, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
+# Okabe and Ito's palette: distinct for colour-blind readers; markers differ too.
+
+
+@dataclass(frozen=True)
+class _Axis:
+    label: str
+    scale: float = 1.0
+
+
+_AXES = {
+    "accuracy": _Axis("validation accuracy (%)", 100),
+    "accuracy_drop": _Axis("accuracy drop (percentage points)", 100),
+    "loss": _Axis("validation loss (nats)"),
+    "latency_ms": _Axis("latency (ms)"),
+    "speedup": _Axis("speedup over dense (×)"),
+    "macs": _Axis("multiply-adds an image (millions)", 1e-6),
+    "num_params": _Axis("parameters (thousands)", 1e-3),
+    "peak_memory_mib": _Axis("peak memory (MiB)"),
+}
+
+
+def plot_front(
+    results: Sequence[TrialResult],
+    baseline: Mapping[str, Any],
+    path: str | Path,
+    *,
+    x: str = "latency_ms",
+    y: str = "accuracy",
+    title: str = "",
+) -> Path:
+    """Draw the trials in two metrics and save the picture.
+
+    Completed trials are dots, infeasible ones are hollow, the front in these two metrics is a
+    staircase, the dense model a star. The controls have markers of their own: random channels
+    (criterion `random`) and uniform pruning (an origin that begins with `seed: uniform`).
+
+    Args:
+        results: Trials in any state; those without the two metrics are left out.
+        baseline: The dense model's metrics.
+        path: Where to; the ending says the format: png, svg or pdf.
+        x: Metric of the horizontal axis.
+        y: Metric of the vertical axis.
+        title: Text above the picture.
+
+    Raises:
+        ConfigError: If a metric or the format is unknown.
+    """
+    path = Path(path)
+    _check("x", x, METRICS)
+    _check("y", y, METRICS)
+    _check("plot", path.suffix.lower().removeprefix("."), FORMATS)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 5.0), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _decorate(axes, x, y, title)
+    _draw(axes, results, baseline, x, y)
+    handles = axes.get_legend_handles_labels()[0][::-1]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5
+        )
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lower().removeprefix("."))
+    atomic_write_bytes(path, picture.getvalue())
+    return path
+
+
+def _draw(
+    axes: Axes, results: Sequence[TrialResult], baseline: Mapping[str, Any], x: str, y: str
+) -> None:
+    shown = [r for r in results if r.metric(x) is not None and r.metric(y) is not None]
+    completed = [r for r in shown if r.status is TrialStatus.COMPLETED]
+    layers: list[tuple[str, list[TrialResult], Style]] = [
+        (
+            "infeasible trial",
+            [r for r in shown if r.status is TrialStatus.INFEASIBLE],
+            {"marker": "o", "s": 20, "facecolors": "none", "edgecolors": "#b5b5b5", "zorder": 2},
+        ),
+        (
+            "trial",
+            [r for r in completed if not _is_random(r) and not _is_uniform(r)],
+            {"marker": "o", "s": 20, "color": _GREY, "linewidths": 0, "zorder": 3},
+        ),
+        (
+            "control: random channels",
+            [r for r in completed if _is_random(r)],
+            {"marker": "^", "s": 46, "color": _ORANGE, "edgecolors": "white", "zorder": 5},
+        ),
+        (
+            "control: uniform pruning",
+            [r for r in completed if _is_uniform(r) and not _is_random(r)],
+            {"marker": "s", "s": 34, "color": _GREEN, "edgecolors": "white", "zorder": 5},
+        ),
+    ]
+    scaled = _scaled(x), _scaled(y)
+    for label, group, style in layers:
+        if group:
+            points = [[scale(r) for r in group] for scale in scaled]
+            style = {"linewidths": 0.8, **style}
+            axes.scatter(points[0], points[1], label=label, **style)
+    _draw_front(axes, completed, x, y)
+    if baseline.get(x) is not None and baseline.get(y) is not None:
+        place = [float(baseline[name]) * _AXES[name].scale for name in (x, y)]
+        star: Style = {"marker": "*", "s": 300, "color": _VERMILLION, "edgecolors": "white"}
+        axes.scatter(place[0], place[1], label="dense model", linewidths=1.0, zorder=7, **star)
+
+
+def _draw_front(axes: Axes, completed: Sequence[TrialResult], x: str, y: str) -> None:
+    """The staircase of what is attained: from the best x on, y holds until the next member."""
+    front = front_of(completed, {y: METRICS[y], x: METRICS[x]})
+    if not front:
+        return
+    xs, ys = [_scaled(x)(r) for r in front], [_scaled(y)(r) for r in front]
+    axes.plot(xs, ys, drawstyle="steps-post", color=_BLUE, lw=1.8, alpha=0.85, zorder=4)
+    axes.plot([], [], color=_BLUE, lw=1.8, marker="o", ms=7, mec="white", label="Pareto front")
+    dot: Style = {"s": 52, "color": _BLUE, "edgecolors": "white"}
+    ring: Style = {"s": 120, "facecolors": "none", "edgecolors": _BLUE, "linewidths": 1.5}
+    for a, b, member in zip(xs, ys, front, strict=True):
+        axes.scatter(a, b, zorder=6, **(ring if _is_control(member) else dot))
+
+
+def _decorate(axes: Axes, x: str, y: str, title: str) -> None:
+    for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+        better = "higher" if METRICS[name] == "maximize" else "lower"
+        set_label(f"{_AXES[name].label}, {better} is better", fontsize=10.5, color=_INK)
+    if title:
+        axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=_INK, pad=10)
+    axes.grid(color=_LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=9.5, length=0)
+    axes.margins(0.06)
+
+
+def _scaled(name: str) -> Callable[[TrialResult], float]:
+    return lambda result: (result.metric(name) or 0.0) * _AXES[name].scale
+
+
+def _is_random(result: TrialResult) -> bool:
+    return result.criterion == "random"
+
+
+def _is_uniform(result: TrialResult) -> bool:
+    return str(json.loads(result.candidate).get("origin", "")).startswith("seed: uniform")
+
+
+def _is_control(result: TrialResult) -> bool:
+    return _is_random(result) or _is_uniform(result)
+
+
+def _check(field: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if name not in known:
+        hint = nearest(name, known) or "Choose one of these."
+        raise ConfigError(
+            f"`{field}` (={name}) must be one of {', '.join(known)}. {hint}".rstrip()
+        )

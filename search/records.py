@@ -1,0 +1,126 @@
+"""What passes between the stages of a search: `Candidate`, `TrialStatus`, `TrialResult`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Constraint
+
+
+class TrialStatus(enum.StrEnum):
+    """How a trial ended. Only `COMPLETED` trials can be on the front."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    INFEASIBLE = "infeasible"
+    EARLY_STOPPED = "early_stopped"
+    DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the search space.
+
+    Attributes:
+        criterion: Name of the channel criterion; None when no channel is removed.
+        dropped_blocks: Module names of the removed blocks, sorted.
+        select: Selection rule, `ratio` or `cumulative`; None when no channel is removed.
+        keep: Fraction of channels kept, by channel group (rule `ratio`), sorted by group.
+        k: Fraction of the group's total score that is kept (rule `cumulative`).
+    """
+
+    criterion: str | None = None
+    dropped_blocks: tuple[str, ...] = ()
+    select: str | None = None
+    keep: tuple[tuple[str, float], ...] = ()
+    k: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Content address: equal candidates have equal keys, on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The candidate as canonical JSON (sorted keys)."""
+        data = dataclasses.asdict(self)
+        data["keep"] = dict(self.keep)
+        return json.dumps(data, sort_keys=True)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Candidate:
+        """Inverse of `to_json` after parsing; keys that are not fields are ignored."""
+        return cls(
+            criterion=data["criterion"],
+            dropped_blocks=tuple(data["dropped_blocks"]),
+            select=data["select"],
+            keep=tuple(sorted((str(g), float(f)) for g, f in data["keep"].items())),
+            k=data["k"],
+        )
+
+
+@dataclass
+class TrialResult:
+    """One row of the ledger. Field order is the column order (results/README.md).
+
+    Fractions are in 0..1, times in seconds unless the name says `_ms`, timestamps in UTC.
+    A metric that was not measured is None, never NaN.
+    """
+
+    trial_id: str
+    status: TrialStatus
+    message: str = ""
+    on_front: bool = False
+    criterion: str | None = None
+    candidate: str = "{}"
+    dropped_blocks: list[str] = field(default_factory=list)
+    widths: dict[str, int] = field(default_factory=dict)
+    accuracy: float | None = None
+    accuracy_before_finetune: float | None = None
+    accuracy_drop: float | None = None
+    loss: float | None = None
+    latency_ms: float | None = None
+    latency_ms_p10: float | None = None
+    latency_ms_p90: float | None = None
+    speedup: float | None = None
+    macs: int | None = None
+    num_params: int | None = None
+    peak_memory_mib: float | None = None
+    fidelity: int = 0
+    epochs: float = 0.0
+    score_s: float = 0.0
+    prune_s: float = 0.0
+    finetune_s: float = 0.0
+    measure_s: float = 0.0
+    wait_s: float = 0.0
+    seed: int = 0
+    host: str = ""
+    device: str = ""
+    started_at: float | None = None  # seconds since the epoch, UTC; stored as timestamp[us, UTC]
+    finished_at: float | None = None
+    recipe: str | None = None  # path in the run folder, while the member is kept
+    weights: str | None = None
+
+    def metric(self, name: str) -> float | None:
+        """Value of the metric column `name`, as a float, or None."""
+        value = getattr(self, name)
+        return None if value is None else float(value)
+
+
+def violations(constraints: Iterable[Constraint], result: TrialResult) -> dict[str, float]:
+    """How far each constraint is exceeded; zero or less means that it holds.
+
+    A metric that was not measured counts as exceeded without bound.
+    """
+    found = {}
+    for constraint in constraints:
+        value = result.metric(constraint.metric)
+        found[str(constraint)] = math.inf if value is None else constraint.violation(value)
+    return found

@@ -1,0 +1,295 @@
+"""One search from its config to its front, and the run folder as an object."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import ConfigError, SearchConfig, check_names, dump_config, load_config, parse_config
+from .front import choose, front_hypervolume, front_of
+from .progress import Progress
+from .records import TrialResult
+from .store import Store, atomic_write_bytes, read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+TIMES = "times.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder: what was tried, what is on the front, and a way to take a member away."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / CONFIG).is_file():
+            raise ConfigError(
+                f"`RUN_DIR` (={self.folder}) must be a run folder: it has no {CONFIG}. "
+                "`prune-search list` shows the runs."
+            )
+
+    @property
+    def config(self) -> SearchConfig:
+        """The resolved config."""
+        return load_config(self.folder / CONFIG)
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        """The dense model's metrics (empty before it was measured)."""
+        path = self.folder / "baseline.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds of each part of the run, over all its sessions."""
+        path = self.folder / TIMES
+        return dict(read_json(path)) if path.exists() else {}
+
+    def results(self) -> list[TrialResult]:
+        """All finished trials."""
+        return Store(self.folder).read()
+
+    def trials(self) -> pd.DataFrame:
+        """All finished trials as a data frame, one row each (columns: results/README.md)."""
+        return Store(self.folder).frame()
+
+    def front_results(self) -> list[TrialResult]:
+        """The non-dominated completed trials."""
+        return front_of(self.results(), self.config.objectives)
+
+    def front(self) -> pd.DataFrame:
+        """The front as a data frame, sorted as the printed table."""
+        frame = self.trials().set_index("trial_id", drop=False)
+        return frame.loc[[result.trial_id for result in self.front_results()]]
+
+    def hypervolume(self) -> float | None:
+        """Hypervolume of the front against the run's fixed reference point."""
+        if not self.baseline:
+            return None
+        return front_hypervolume(self.results(), self.baseline, self.config.objectives)
+
+    def choose(
+        self,
+        *,
+        minimize: str | None = None,
+        maximize: str | None = None,
+        where: Sequence[str] = (),
+    ) -> TrialResult:
+        """The best front member for one metric among those that satisfy `where`."""
+        return choose(self.front_results(), minimize, maximize, where)
+
+    def plot(self, path: str | Path, x: str | None = None, y: str | None = None) -> Path:
+        """Draws trials, front, dense baseline and controls as a PNG."""
+        from .plot import plot_front
+
+        config = self.config
+        x, y = axes(config.objectives, x, y)
+        return plot_front(self.results(), self.baseline, path, x=x, y=y, title=config.name)
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        trial: str | None = None,
+        minimize: str | None = None,
+        maximize: str | None = None,
+        where: Sequence[str] = (),
+    ) -> Path:
+        """Writes one front member as a folder that `load_pruned` reads; returns the folder."""
+        from .export import export_member
+
+        if trial is not None:
+            member = next((r for r in self.results() if r.trial_id == trial), None)
+            if member is None:
+                raise ConfigError(
+                    f"`--trial` (={trial}) must be a trial of {self.folder}. `prune-search front` "
+                    "shows the exportable ones."
+                )
+        else:
+            member = self.choose(minimize=minimize, maximize=maximize, where=where)
+        return export_member(self, member, Path(out))
+
+
+def run(
+    config: SearchConfig | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Runs a search to its end.
+
+    Args:
+        config: A config, its mapping, or its YAML file.
+        out: The run folder; `results/NAME` if None. It must not exist, or be empty.
+        address: A Ray cluster; None starts a local Ray.
+        progress: Where to report; None is silent.
+
+    Raises:
+        ConfigError: If the input is wrong. Nothing was started then.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    elif not isinstance(config, SearchConfig):
+        config = parse_config(config)
+    check_names(config)
+    folder = Path(out) if out is not None else Path("results") / config.name
+    check_new_folder(folder)
+    return _execute(_absolute(config), folder, address, progress, new=True)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    trials: int | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Finishes an interrupted run: runs what its ledger lacks, and nothing twice.
+
+    Args:
+        folder: The run folder.
+        trials: A new total number of trials (`extend`); None keeps the config's.
+        address: A Ray cluster; None starts a local Ray.
+        progress: Where to report; None is silent.
+    """
+    config = Run(Path(folder)).config
+    if trials is not None:
+        section = config.search.model_copy(update={"trials": trials})
+        config = config.model_copy(update={"search": section})
+        atomic_write_bytes(Path(folder) / CONFIG, dump_config(config).encode())
+    return _execute(config, Path(folder), address, progress, new=False)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders directly inside `folder`, by name.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"`RESULTS_DIR` (={folder}) must be a folder with runs. Start one with "
+            "`prune-search run`, or name another."
+        )
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuses a run folder that is in use or cannot be written.
+
+    Raises:
+        ConfigError: Which names the folder and the fix.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / CONFIG).exists():
+            fix = (
+                f"Finish it with `prune-search resume {folder}`, add trials with "
+                f"`prune-search extend {folder} --trials N`, or choose another --out."
+            )
+        else:
+            fix = "Choose another --out."
+        raise ConfigError(f"`--out` (={folder}) must not exist yet or be empty. {fix}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`--out` (={folder}) must be a folder: it is a file. Choose another.")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"`--out` (={folder}) must be writable: {parent} is not. Choose another --out."
+        )
+
+
+def axes(objectives: Mapping[str, str], x: str | None, y: str | None) -> tuple[str, str]:
+    """The two metrics to plot: the asked ones, else the cost and the quality objective."""
+    names = list(objectives)
+    quality = next((n for n in names if objectives[n] == "maximize"), names[0])
+    cost = next((n for n in names if n != quality), "macs")
+    return x or cost, y or quality
+
+
+def _execute(
+    config: SearchConfig, folder: Path, address: str | None, progress: Progress | None, *, new: bool
+) -> Run:
+    from .coordinator import Coordinator
+    from .setup import make_space, pose, prepare_dense
+
+    progress = progress or Progress.silent()
+    clock = _Clock()
+    with clock("load_s"):
+        problem = pose(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        if new:
+            _describe(config, folder)
+    with clock("dense_s"):
+        baseline = prepare_dense(problem, folder, progress.say)
+    with clock("blocks_s"):
+        space = make_space(problem, folder, progress.say)
+    progress.say(f"space: {space.size_hint}")
+    with ExitStack() as stack:
+        stack.callback(lambda: _add_times(folder, clock.seconds))
+        with clock("ray_start_s"):
+            from .driver import Fleet, connect
+
+            stack.enter_context(connect(address))
+            fleet = Fleet(problem, baseline.accuracy, folder)
+        if baseline.latency_ms is None:
+            with clock("reference_s"):
+                latency_ms, probe = fleet.measure_reference()
+            baseline = dataclasses.replace(baseline, latency_ms=latency_ms, probe=probe)
+            baseline.write(folder)
+            progress.say(f"dense latency {latency_ms:.3f} ms on {probe['cpu']}")
+        coordinator = Coordinator(config, space, baseline, folder, progress.finished)
+        with clock("trials_s"), progress.live(coordinator):
+            try:
+                fleet.run(coordinator, progress.running)
+            finally:
+                coordinator.close()
+    return Run(folder)
+
+
+def _describe(config: SearchConfig, folder: Path) -> None:
+    from .environment import environment
+
+    write_json(folder / ENVIRONMENT, environment())
+    atomic_write_bytes(folder / CONFIG, dump_config(config).encode())
+
+
+def _absolute(config: SearchConfig) -> SearchConfig:
+    """Paths made absolute, so that the run can be resumed from any folder."""
+    model, data = config.model, config.data
+    if model.checkpoint is not None:
+        path = str(Path(model.checkpoint).expanduser().absolute())
+        model = model.model_copy(update={"checkpoint": path})
+    if data.root is not None:
+        data = data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+class _Clock:
+    """Adds up seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _add_times(folder: Path, seconds: Mapping[str, float]) -> None:
+    path = folder / TIMES
+    before = dict(read_json(path)) if path.exists() else {}
+    write_json(path, before | {k: before.get(k, 0.0) + v for k, v in seconds.items()})

@@ -1,0 +1,384 @@
+"""Everything that comes before the first trial: data, model, dense baseline, block ranking, space.
+
+Nothing here needs Ray. Wrong input ends here, before any long work, with one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ..methods.block_removal import rank_blocks
+from ..methods.blocks import removable_blocks
+from ..methods.data import ImageData, Split, load_data
+from ..methods.finetune import finetune
+from ..methods.measure import count_macs, count_params, peak_memory_mib
+from ..methods.models.build import build_model, default_image_size, input_channels
+from ..methods.surgery import PruningPlan, plan_pruning
+from ..methods.tasks.classification import ClassificationTask
+from .config import ConfigError, SearchConfig
+from .space import Space
+from .store import atomic_write_bytes, read_json, write_json
+
+Say = Callable[[str], None]
+
+DENSE_WEIGHTS = "weights/dense.safetensors"
+BASELINE = "baseline.json"
+BLOCKS = "blocks.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked config with its data and its untrained (or loaded) model.
+
+    Attributes:
+        config: The config.
+        task: The data on the device that trains.
+        model: The dense model, on the same device.
+        plan: Its channel groups (none when the space names no criterion).
+        blocks: Names of the blocks that may be dropped, in forward order.
+    """
+
+    config: SearchConfig
+    task: ClassificationTask
+    model: nn.Module
+    plan: PruningPlan
+    blocks: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier."""
+        return self.task.num_classes
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model's metrics; `accuracy` and `loss` are on the validation split.
+
+    Attributes:
+        source: `trained`, `cache` or the checkpoint's path.
+        train_s: Seconds of training (0 when loaded).
+        latency_ms: Reference latency, measured once a run; None until the probe has done so.
+        probe: The probe's hardware, driver and library versions.
+    """
+
+    accuracy: float
+    loss: float
+    macs: int
+    num_params: int
+    peak_memory_mib: float
+    source: str
+    epochs: float
+    train_s: float
+    latency_ms: float | None = None
+    probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, run_dir: Path) -> None:
+        """Stores `baseline.json`."""
+        write_json(run_dir / BASELINE, {**dataclasses.asdict(self), "split": "val"})
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Baseline:
+        """Reads `baseline.json`."""
+        data = read_json(run_dir / BASELINE)
+        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+
+
+def pose(config: SearchConfig) -> Problem:
+    """Loads data and model and finds what can be removed.
+
+    Raises:
+        ConfigError: If any of it is wrong, or nothing can be removed.
+    """
+    device = trial_device(config)
+    try:
+        data = load_images(config)
+        task = make_task(config, data, device)
+        model = make_model(config, task.num_classes).to(device)
+        example = task.example_input(2)
+        _try_forward(model, example, task.num_classes, config)
+        plan = find_groups(config, model, example)
+        blocks = find_removable(config, model, example)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not plan.groups and not blocks:
+        raise ConfigError(
+            f"`model.name` (={config.model.name}) must have something to prune: no block and no "
+            "channel group of it is removable under `space`. Run `prune-search check` for the "
+            "reasons, or widen space.blocks and space.criteria."
+        )
+    return Problem(config, task, model, plan, blocks)
+
+
+def trial_device(config: SearchConfig) -> torch.device:
+    """Where trials train: a GPU when `resources.gpu` asks for one."""
+    if config.resources.gpu > 0:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"`resources.gpu` (={config.resources.gpu}) must be 0 here: torch sees no GPU on "
+                "this machine, which trains the dense model. Set resources.gpu: 0."
+            )
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def load_images(config: SearchConfig) -> ImageData:
+    """The config's data, as the model needs it."""
+    size = config.data.image_size or default_image_size(config.model.name)
+    return load_data(
+        config.data.name,
+        root=config.data.root,
+        image_size=size,
+        channels=_channels(config),
+        split=config.data.split,
+        seed=config.search.seed,
+        limit=config.data.limit,
+    )
+
+
+def make_task(
+    config: SearchConfig, data: ImageData, device: torch.device | str
+) -> ClassificationTask:
+    """The task over `data` with the config's batch and calibration sizes."""
+    return ClassificationTask(
+        data,
+        batch_size=config.data.batch_size,
+        calibration_size=config.data.calibration_size,
+        seed=config.search.seed,
+        device=device,
+    )
+
+
+def make_model(config: SearchConfig, num_classes: int, *, trained: bool = True) -> nn.Module:
+    """The config's dense model on the CPU; seeded, so that a fresh one is the same everywhere.
+
+    Args:
+        config: Names the model.
+        num_classes: Outputs of the classifier.
+        trained: Whether a checkpoint of the config is loaded.
+    """
+    torch.manual_seed(config.search.seed)
+    return build_model(
+        config.model.name,
+        num_classes=num_classes,
+        kwargs=config.model.kwargs,
+        checkpoint=config.model.checkpoint if trained else None,
+    )
+
+
+def find_groups(config: SearchConfig, model: nn.Module, example: torch.Tensor) -> PruningPlan:
+    """The model's channel groups, if the space removes channels at all."""
+    if not config.space.criteria:
+        return PruningPlan((), {})
+    return plan_pruning(model, example, scope=config.space.keep.scope)
+
+
+def find_removable(
+    config: SearchConfig, model: nn.Module, example: torch.Tensor
+) -> tuple[str, ...]:
+    """Names of the blocks that may be dropped, if the space drops blocks at all."""
+    if config.space.blocks.mode == "none":
+        return ()
+    return tuple(removable_blocks(model, example, valid=config.space.blocks.valid))
+
+
+def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
+    """Brings the dense weights into the model and the run folder, and measures the baseline.
+
+    Weights come from the run folder (resume), the checkpoint, the cache, or training.
+    """
+    config, model, task = problem.config, problem.model, problem.task
+    stored = run_dir / DENSE_WEIGHTS
+    if stored.exists() and (run_dir / BASELINE).exists():
+        model.load_state_dict(load_file(stored))
+        return Baseline.read(run_dir)
+    source, seconds = _dense_weights(problem, say)
+    model.eval()
+    atomic_write_bytes(stored, dump_weights(model))
+    metrics = task.evaluate(model, "val")
+    example = task.example_input(config.latency.batch_size)
+    baseline = Baseline(
+        accuracy=metrics["accuracy"],
+        loss=metrics["loss"],
+        macs=count_macs(model, example),
+        num_params=count_params(model),
+        peak_memory_mib=peak_memory_mib(model, example),
+        source=source,
+        epochs=0 if config.model.checkpoint else config.baseline.epochs,
+        train_s=seconds,
+    )
+    baseline.write(run_dir)
+    say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")
+    return baseline
+
+
+def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
+    """Ranks the blocks (once; stored in the run folder) and lays out the search space."""
+    config, path = problem.config, run_dir / BLOCKS
+    order: tuple[str, ...] = ()
+    if path.exists():
+        order = tuple(read_json(path)["order"])
+    elif problem.blocks:
+        ranking = rank_blocks(
+            problem.model,
+            problem.task,
+            problem.blocks,
+            order=config.space.blocks.order,
+            seed=config.search.seed,
+        )
+        order = ranking.order
+        write_json(path, dataclasses.asdict(ranking))
+        say(
+            f"blocks ranked ({config.space.blocks.order}, {ranking.evaluations} evaluations, "
+            f"{ranking.seconds:.1f} s), first to go: {', '.join(order[:3])}"
+        )
+    return Space(config.space, problem.plan, order)
+
+
+def dump_weights(model: nn.Module) -> bytes:
+    """The model's weights and buffers as safetensors."""
+    return save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+
+
+def pack_images(data: ImageData) -> dict[str, Any]:
+    """The data as numpy arrays and plain values, which Ray shares without copying."""
+    cpu = data.to("cpu")
+    splits = {
+        name: (getattr(cpu, name).images.numpy(), getattr(cpu, name).labels.numpy())
+        for name in ("train", "val", "test")
+    }
+    fields = {
+        f.name: getattr(cpu, f.name)
+        for f in dataclasses.fields(cpu)
+        if f.name not in ("train", "val", "test")
+    }
+    return {"splits": splits, "fields": fields}
+
+
+def unpack_images(packed: Mapping[str, Any]) -> ImageData:
+    """Inverse of `pack_images`; the tensors share the arrays' memory."""
+    splits = {
+        name: Split(_shared(images), _shared(labels))
+        for name, (images, labels) in packed["splits"].items()
+    }
+    return ImageData(**splits, **packed["fields"])
+
+
+def load_state(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Copies weights from shared arrays into `model`."""
+    model.load_state_dict({name: _shared(array) for name, array in arrays.items()})
+
+
+def cache_dir() -> Path:
+    """Where trained dense models are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PRUNE_SEARCH_CACHE") or Path(base) / "prune-search")
+
+
+# --- the dense model -------------------------------------------------------------------------
+
+
+def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
+    """Where the weights that the model now holds came from, and the seconds of training."""
+    config = problem.config
+    if config.model.checkpoint:
+        return config.model.checkpoint, 0.0
+    cached = cache_dir() / "dense" / f"{dense_key(config)}.safetensors"
+    if cached.exists():
+        problem.model.load_state_dict(load_file(cached))
+        return "cache", 0.0
+    start = time.perf_counter()
+    baseline = config.baseline
+    say(f"training {config.model.name} on {config.data.name}: {baseline.epochs} epochs")
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        if epoch == baseline.epochs or epoch % max(1, baseline.epochs // 5) == 0:
+            spent = time.perf_counter() - start
+            left = spent / epoch * (baseline.epochs - epoch)
+            say(f"  epoch {epoch}/{baseline.epochs}: loss {loss:.4f}, about {left:.0f} s left")
+
+    finetune(
+        problem.model,
+        problem.task,
+        epochs=baseline.epochs,
+        lr=baseline.lr,
+        momentum=baseline.momentum,
+        weight_decay=baseline.weight_decay,
+        generator=torch.Generator().manual_seed(config.search.seed),
+        augment=config.data.augment,
+        on_epoch=on_epoch,
+    )
+    seconds = time.perf_counter() - start
+    atomic_write_bytes(cached, dump_weights(problem.model))
+    return "trained", seconds
+
+
+def dense_key(config: SearchConfig) -> str:
+    """Content address of a trained dense model: all that its weights depend on."""
+    parts = {
+        "model": config.model.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"calibration_size"}),
+        "baseline": config.baseline.model_dump(mode="json"),
+        "seed": config.search.seed,
+        "gpu": config.resources.gpu > 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "prune-search": metadata.version("prune-search"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _channels(config: SearchConfig) -> int:
+    """Image channels that the model takes; the model is built once to look."""
+    return input_channels(make_model(config, 2, trained=False))
+
+
+def _try_forward(
+    model: nn.Module, example: torch.Tensor, num_classes: int, config: SearchConfig
+) -> None:
+    shape = "x".join(str(n) for n in example.shape[1:])
+    try:
+        with torch.inference_mode():
+            output = model.eval()(example)
+    except Exception as error:  # whatever a foreign model raises means that it does not fit
+        raise ConfigError(
+            f"`model.name` (={config.model.name}) must accept images of {shape}: it stopped with "
+            f"{type(error).__name__}: {error}. Set data.image_size or model.kwargs."
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (len(example), num_classes):
+        got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ConfigError(
+            f"`model.name` (={config.model.name}) must return logits [batch, {num_classes}] for "
+            f"`data.name` (={config.data.name}): it returned {got}. Set model.kwargs."
+        )
+    if not math.isfinite(float(output.abs().sum())):
+        raise ConfigError(
+            f"`model.checkpoint` (={config.model.checkpoint}) must give finite outputs: it gives "
+            "NaN or infinity. Use another checkpoint."
+        )
+
+
+def _shared(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only memory: nothing here writes to it
+        return torch.from_numpy(array)

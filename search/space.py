@@ -1,0 +1,234 @@
+"""The search space: a config and a model's blocks and groups -> Optuna distributions -> Candidate.
+
+Dimensions are conditional: `keep` exists only under the rule `ratio`, `top_k` only under
+`cumulative`, and neither when no channel may be removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import Trial
+
+from ..methods.select import num_kept
+from ..methods.surgery import ChannelGroup, PruningPlan
+from .config import SpaceConfig
+from .records import Candidate
+
+Params = dict[str, Any]
+
+NUM_BLOCKS = "num_blocks"
+CRITERION = "criterion"
+SELECT = "select"
+TOP_K = "top_k"
+UNIFORM_KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
+K_DECIMALS = 3
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Parameters to try first, and where they come from."""
+
+    origin: str
+    params: Params
+
+
+@dataclass(frozen=True)
+class Space:
+    """All candidates of one search.
+
+    Attributes:
+        config: The `space` section of the config.
+        plan: The model's channel groups.
+        block_order: Removable blocks, the one to remove first in front; empty when none may go.
+    """
+
+    config: SpaceConfig
+    plan: PruningPlan
+    block_order: tuple[str, ...]
+
+    @property
+    def max_blocks(self) -> int:
+        """How many blocks a candidate may drop."""
+        if self.config.blocks.mode == "none":
+            return 0
+        return math.floor(self.config.blocks.max_drop * len(self.block_order) + 1e-9)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Names of the criteria; empty when no channel can be removed."""
+        return tuple(self.config.criterion_names) if self.plan.groups else ()
+
+    @property
+    def size_hint(self) -> str:
+        """The dimensions in words, for `check` and the head of a run."""
+        parts = []
+        if self.max_blocks:
+            parts.append(f"up to {self.max_blocks} of {len(self.block_order)} blocks dropped")
+        if self.criteria:
+            parts.append(f"{len(self.plan.groups)} channel groups by {', '.join(self.criteria)}")
+            parts.append(f"keep per {self.config.keep.per}, rules {', '.join(self.config.select)}")
+        return "; ".join(parts)
+
+    def suggest(self, trial: Trial) -> Params:
+        """Asks `trial` for every parameter that applies and returns them."""
+        params: Params = {}
+        for name, distribution in self._walk(params):
+            params[name] = trial._suggest(name, distribution)
+        return params
+
+    def distributions(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+        """The distributions of exactly the parameters that apply given `params`.
+
+        Raises:
+            KeyError: If `params` lacks one.
+            ValueError: If a value lies outside its distribution.
+        """
+        found: dict[str, BaseDistribution] = {}
+        for name, distribution in self._walk(params):
+            if not distribution._contains(distribution.to_internal_repr(params[name])):
+                raise ValueError(f"`{name}` (={params[name]}) must lie in {distribution}.")
+            found[name] = distribution
+        return found
+
+    def candidate(self, params: Mapping[str, Any]) -> Candidate:
+        """The candidate that `params` mean, in canonical form.
+
+        Keep fractions become the fractions that whole channels allow, groups inside dropped
+        blocks vanish, and a candidate that removes no channel has no criterion, so that equal
+        architectures are equal candidates.
+        """
+        dropped = self._dropped(params)
+        if CRITERION not in params:
+            return Candidate(dropped_blocks=dropped)
+        criterion, rule = str(params[CRITERION]), str(params[SELECT])
+        if rule == "cumulative":
+            k = round(float(params[TOP_K]), K_DECIMALS)
+            return Candidate(criterion, dropped, rule, k=k)
+        keep = {}
+        for group in self.plan.alive(dropped):
+            kept = kept_channels(group, float(params[self._keep_name(group)]), self._round_to)
+            keep[group.name] = kept / group.num_channels
+        if all(fraction == 1 for fraction in keep.values()):
+            return Candidate(dropped_blocks=dropped)
+        return Candidate(criterion, dropped, rule, keep=tuple(sorted(keep.items())))
+
+    def seeds(self, limit: int) -> list[Seed]:
+        """Known good starts: dense, each criterion's uniform ladder, the ranked block path.
+
+        Seeds that the space's bounds do not admit are left out, and so are repeated ones.
+        """
+        ladders: list[list[Seed]] = [
+            [
+                Seed(f"seed: uniform {criterion}", self._uniform(criterion, keep))
+                for keep in UNIFORM_KEEPS
+            ]
+            for criterion in self.criteria
+        ]
+        ladders.append(
+            [Seed("seed: ranked blocks", self._ranked(n)) for n in range(1, self.max_blocks + 1)]
+        )
+        ordered = [Seed("seed: dense", self._ranked(0))]
+        ordered += [s for row in zip_longest(*ladders) for s in row if s is not None]
+        admitted: list[Seed] = []
+        known: set[Candidate] = set()
+        for seed in ordered:
+            if self._admits(seed.params) and (c := self.candidate(seed.params)) not in known:
+                known.add(c)
+                admitted.append(seed)
+        return admitted[:limit]
+
+    # --- the dimensions ---------------------------------------------------------------------
+
+    def _walk(self, params: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
+        """Yields the dimensions in order; reads `params` only for those already yielded."""
+        blocks, keep, top_k = self.config.blocks, self.config.keep, self.config.top_k
+        if self.max_blocks and blocks.mode == "ranked":
+            yield NUM_BLOCKS, IntDistribution(0, self.max_blocks)
+        elif self.max_blocks and blocks.mode == "mask":
+            for block in self.block_order:
+                yield _block_name(block), CategoricalDistribution((False, True))
+        if not self.criteria:
+            return
+        yield CRITERION, CategoricalDistribution(self.criteria)
+        yield SELECT, CategoricalDistribution(tuple(self.config.select))
+        if params[SELECT] == "cumulative":
+            yield TOP_K, FloatDistribution(top_k.low, top_k.high)
+        else:
+            for name in self._keep_names():
+                yield name, FloatDistribution(keep.low, keep.high)
+
+    @property
+    def _round_to(self) -> int:
+        return self.config.keep.round_to
+
+    def _keep_names(self) -> list[str]:
+        return list(dict.fromkeys(self._keep_name(group) for group in self.plan.groups))
+
+    def _keep_name(self, group: ChannelGroup) -> str:
+        match self.config.keep.per:
+            case "model":
+                return "keep"
+            case "stage":
+                return f"keep:{group.stage}"
+            case _:
+                return f"keep:{group.name}"
+
+    def _dropped(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        if not self.max_blocks:
+            return ()
+        if self.config.blocks.mode == "ranked":
+            return tuple(sorted(self.block_order[: params[NUM_BLOCKS]]))
+        chosen = [block for block in self.block_order if params[_block_name(block)]]
+        return tuple(sorted(chosen[: self.max_blocks]))  # over the limit: the best-ranked ones go
+
+    # --- seeds ------------------------------------------------------------------------------
+
+    def _block_params(self, num_dropped: int) -> Params:
+        if not self.max_blocks:
+            return {}
+        if self.config.blocks.mode == "ranked":
+            return {NUM_BLOCKS: num_dropped}
+        return {_block_name(b): i < num_dropped for i, b in enumerate(self.block_order)}
+
+    def _channel_params(self, criterion: str, keep: float) -> Params:
+        params: Params = {CRITERION: criterion, SELECT: "ratio"}
+        return params | {name: keep for name in self._keep_names()}
+
+    def _ranked(self, num_dropped: int) -> Params:
+        channels = self._channel_params(self.criteria[0], 1.0) if self.criteria else {}
+        return self._block_params(num_dropped) | channels
+
+    def _uniform(self, criterion: str, keep: float) -> Params:
+        return self._block_params(0) | self._channel_params(criterion, keep)
+
+    def _admits(self, params: Params) -> bool:
+        try:
+            self.distributions(params)
+        except ValueError:
+            return False
+        return True
+
+
+def kept_channels(group: ChannelGroup, keep: float, round_to: int) -> int:
+    """Channels of `group` that stay at the keep fraction `keep`: whole columns of its parts."""
+    return group.parts * num_kept(group.num_channels // group.parts, keep, round_to=round_to)
+
+
+def effective_widths(groups: Sequence[ChannelGroup], keep: float, round_to: int) -> dict[str, int]:
+    """Width of every group at one requested keep fraction."""
+    return {group.name: kept_channels(group, keep, round_to) for group in groups}
+
+
+def _block_name(block: str) -> str:
+    return f"drop:{block}"

@@ -1,0 +1,297 @@
+"""The ledger of a run: one Parquet part a finished trial, fixed schema, every write atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .records import TrialResult, TrialStatus
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+_ATTEMPTS = 20  # to list and read the parts while another process compacts them
+_VERSION_KEY = b"prune_search.schema_version"
+_TIME = pa.timestamp("us", tz="UTC")
+_METRICS = [
+    "accuracy",
+    "accuracy_before_finetune",
+    "accuracy_drop",
+    "loss",
+    "latency_ms",
+    "latency_ms_p10",
+    "latency_ms_p90",
+    "speedup",
+]
+_TIMES = ["score_s", "prune_s", "finetune_s", "measure_s", "wait_s"]
+
+SCHEMA = pa.schema(
+    [
+        pa.field("trial_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("on_front", pa.bool_(), nullable=False),
+        pa.field("criterion", pa.string()),
+        pa.field("candidate", pa.string(), nullable=False),
+        pa.field("dropped_blocks", pa.list_(pa.string()), nullable=False),
+        pa.field("widths", pa.map_(pa.string(), pa.int32()), nullable=False),
+        *(pa.field(name, pa.float64()) for name in _METRICS),
+        pa.field("macs", pa.int64()),
+        pa.field("num_params", pa.int64()),
+        pa.field("peak_memory_mib", pa.float64()),
+        pa.field("fidelity", pa.int32(), nullable=False),
+        pa.field("epochs", pa.float64(), nullable=False),
+        *(pa.field(name, pa.float64(), nullable=False) for name in _TIMES),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("host", pa.string(), nullable=False),
+        pa.field("device", pa.string(), nullable=False),
+        pa.field("started_at", _TIME),
+        pa.field("finished_at", _TIME),
+        pa.field("recipe", pa.string()),
+        pa.field("weights", pa.string()),
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+"""The columns of `TrialResult`, in its order; results/README.md describes them."""
+
+
+class Store:
+    """The results of one run folder. One process writes; any number may read meanwhile."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Open `run_dir`; nothing is created before the first write."""
+        self.run_dir = Path(run_dir)
+        self.trials_dir = self.run_dir / "trials"
+
+    def write_trial(self, result: TrialResult) -> Path:
+        """Store one trial durably; a later write of the same trial replaces it.
+
+        Metrics that are not finite are stored as null.
+
+        Raises:
+            ValueError: If `trial_id` is not a safe file name.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", result.trial_id):
+            raise ValueError(
+                f"`trial_id` (={result.trial_id!r}) must be letters, digits, dot, dash and"
+                " underscore: it names a file. Choose another."
+            )
+        path = self.trials_dir / f"{result.trial_id}.parquet"
+        atomic_write_bytes(path, _encode([result]))
+        return path
+
+    def read(self) -> list[TrialResult]:
+        """All trials, each once, sorted by `trial_id`.
+
+        Of two rows of one trial a completed one wins, then the one that finished later, then the
+        one written later. A part that cannot be read is renamed to `_corrupt-...` and reported
+        with a warning.
+        """
+        return _merge(self._load())
+
+    def table(self) -> pa.Table:
+        """What `read` returns, as an Arrow table with `SCHEMA`."""
+        return to_table(self.read())
+
+    def frame(self) -> pd.DataFrame:
+        """What `read` returns, as pandas; counts are nullable integers, `widths` are dicts."""
+        import pandas as pd
+
+        counts = {pa.int64(): pd.Int64Dtype()}
+        table = self.table()
+        frame: pd.DataFrame = table.to_pandas(types_mapper=counts.get, maps_as_pydicts="strict")
+        return frame
+
+    def compact(self, on_front: Collection[str] | None = None) -> Path | None:
+        """Join all parts into one file; None if there is none.
+
+        A crash at any point loses nothing: the parts go after the new file is on disk, and
+        `read` takes each trial once.
+
+        Args:
+            on_front: Trials of the front, to set the column; by default it stays as it is.
+        """
+        parts = self._load()
+        rows = _merge(parts)
+        if not rows:
+            return None
+        if on_front is not None:
+            rows = [dataclasses.replace(row, on_front=row.trial_id in on_front) for row in rows]
+        numbers = [_number(path) for path in self.trials_dir.glob("compact-*.parquet")]
+        path = self.trials_dir / f"compact-{max(numbers, default=0) + 1}.parquet"
+        atomic_write_bytes(path, _encode(rows))
+        for old in parts:
+            old.unlink(missing_ok=True)
+        return path
+
+    def write_front(self, results: Iterable[TrialResult]) -> Path:
+        """Write `front.parquet`: the same columns, `on_front` set."""
+        rows = [dataclasses.replace(result, on_front=True) for result in results]
+        path = self.run_dir / "front.parquet"
+        atomic_write_bytes(path, _encode(rows))
+        return path
+
+    def _load(self) -> dict[Path, list[TrialResult]]:
+        """Rows by file, in the order of writing; again if a compaction removes one meanwhile."""
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._load_once()
+        return self._load_once()
+
+    def _load_once(self) -> dict[Path, list[TrialResult]]:
+        paths = [path for path in self.trials_dir.glob("*.parquet") if path.name[0] not in "_."]
+        parts = {}
+        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, _number(path))):
+            try:
+                parts[path] = _decode(path)
+            except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+                if isinstance(error, _NewerSchemaError) or getattr(error, "errno", None):
+                    raise  # a sound file that we may not or cannot read
+                _set_aside(path, error)
+        return parts
+
+
+def read_results(path: str | Path) -> list[TrialResult]:
+    """The rows of one Parquet file of a run, such as `front.parquet`, in its order."""
+    return _decode(Path(path))
+
+
+def to_table(results: Sequence[TrialResult]) -> pa.Table:
+    """`results` as an Arrow table with `SCHEMA`."""
+    return pa.Table.from_pylist([_to_row(result) for result in results], schema=SCHEMA)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, even after a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_{path.name}.{os.urandom(8).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically."""
+    atomic_write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON, naming the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{path}` must be JSON: {error}. Delete it or restore it from a copy."
+        ) from None
+
+
+class _NewerSchemaError(ValueError):
+    """A sound file of a later version of this project."""
+
+
+def _encode(results: Sequence[TrialResult]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_table(results), sink, compression="zstd", write_page_checksum=True)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _decode(path: Path) -> list[TrialResult]:
+    """Rows of one file; columns that it does not have get their defaults."""
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    with contextlib.closing(file):
+        version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"1")
+        if int(version) > SCHEMA_VERSION:
+            raise _NewerSchemaError(
+                f"`schema_version` (={version.decode()}) of {path} must be at most"
+                f" {SCHEMA_VERSION}: a newer prune-search wrote it. Upgrade prune-search."
+            )
+        known = [name for name in file.schema_arrow.names if name in SCHEMA.names]
+        rows = file.read(columns=known).to_pylist(maps_as_pydicts="strict")
+    return [_from_row(row) for row in rows]
+
+
+def _to_row(result: TrialResult) -> dict[str, Any]:
+    row = {name: getattr(result, name) for name in SCHEMA.names}
+    row["status"] = str(result.status)
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row[name] = None if SCHEMA.field(name).nullable else 0.0
+    for name in ("started_at", "finished_at"):
+        if row[name] is not None:
+            row[name] = datetime.fromtimestamp(row[name], UTC)
+    return row
+
+
+def _from_row(row: dict[str, Any]) -> TrialResult:
+    values = {name: value for name, value in row.items() if value is not None}
+    values["status"] = TrialStatus(values["status"])
+    for name in ("started_at", "finished_at"):
+        if name in values:
+            values[name] = values[name].timestamp()
+    return TrialResult(**values)
+
+
+def _merge(parts: Mapping[Path, list[TrialResult]]) -> list[TrialResult]:
+    rows: dict[str, TrialResult] = {}
+    for row in chain.from_iterable(parts.values()):
+        if row.trial_id not in rows or _newness(row) >= _newness(rows[row.trial_id]):
+            rows[row.trial_id] = row
+    return [rows[trial_id] for trial_id in sorted(rows)]
+
+
+def _newness(row: TrialResult) -> tuple[bool, float]:
+    """Of two rows of one trial the greater is kept: a completed one is never lost."""
+    return row.status is TrialStatus.COMPLETED, row.finished_at or 0.0
+
+
+def _number(path: Path) -> int:
+    match = re.fullmatch(r"compact-(\d+)\.parquet", path.name)
+    return int(match[1]) if match else 0
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_name(f"_corrupt-{path.stem}.{os.urandom(4).hex()}")
+    try:
+        os.replace(path, aside)
+        fate = f"It is set aside as {aside.name}."
+    except OSError as reason:
+        fate = f"It could not be set aside ({reason.strerror})."
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    warnings.warn(
+        f"{path} is not readable Parquet and is left out: {first_line}. {fate}", stacklevel=5
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,274 @@
+"""What the command line prints: the front, the state of runs, where time went, names."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .export import read_recipe
+from .records import TrialResult
+from .runs import Run
+
+PARTS = {
+    "load_s": "load data and model",
+    "dense_s": "dense model",
+    "blocks_s": "block ranking",
+    "ray_start_s": "start Ray",
+    "reference_s": "dense latency",
+    "trials_s": "trials (wall clock)",
+}
+TRIAL_PARTS = {
+    "score_s": "score channels",
+    "prune_s": "prune",
+    "finetune_s": "recover and evaluate",
+    "measure_s": "measure",
+    "wait_s": "wait for the probe",
+}
+FRONT_COLUMNS = (
+    "trial_id", "accuracy", "accuracy_drop", "accuracy_before_finetune", "latency_ms", "speedup",
+    "macs", "num_params", "peak_memory_mib", "criterion",
+)  # fmt: skip
+
+
+def front_rows(run: Run) -> list[dict[str, Any]]:
+    """The front as plain values, every column of the ledger."""
+    import dataclasses
+
+    return [dataclasses.asdict(result) for result in run.front_results()]
+
+
+def front_table(run: Run) -> Table:
+    """The front, one member a row, with the dense baseline first."""
+    baseline = run.baseline
+    table = Table(title=f"Pareto front of {run.config.name} (validation split)")
+    for name in (
+        "trial", "accuracy", "drop", "before ft", "latency ms", "speedup", "MACs M", "params k",
+        "memory MiB", "criterion", "blocks dropped", "channels kept",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name in _TEXT else "right")
+    if baseline:
+        table.add_row("dense", *_numbers(_dense_row(baseline)), "", "", "", style="bold")
+    for result in run.front_results():
+        table.add_row(result.trial_id, *_numbers(result), *_choices(result))
+    return table
+
+
+def status_of(run: Run) -> dict[str, Any]:
+    """How far a run is, as plain values."""
+    results = run.results()
+    counts = collections.Counter(str(result.status) for result in results)
+    failures = collections.Counter(r.message for r in results if r.status == "failed")
+    return {
+        "run": str(run.folder),
+        "name": run.config.name,
+        "model": run.config.model.name,
+        "data": run.config.data.name,
+        "trials": run.config.search.trials,
+        "finished": len(results),
+        "by_status": dict(counts),
+        "front": len(run.front_results()),
+        "hypervolume": run.hypervolume(),
+        "failures": dict(failures.most_common(5)),
+        "times": run.times,
+        "trial_times": _trial_seconds(results),
+    }
+
+
+def status_table(status: Mapping[str, Any]) -> Table:
+    """`status_of` for people."""
+    table = Table(title=status["run"], show_header=False)
+    table.add_row("model on data", f"{status['model']} on {status['data']}")
+    states = ", ".join(f"{count} {name}" for name, count in status["by_status"].items())
+    table.add_row("trials", f"{status['finished']} of {status['trials']} ({states or 'none yet'})")
+    volume = status["hypervolume"]
+    table.add_row("front", f"{status['front']} members")
+    table.add_row("hypervolume", "not yet" if volume is None else f"{volume:.4f}")
+    for message, count in status["failures"].items():
+        table.add_row("failed", f"{count} x {message}")
+    for part, label in PARTS.items():
+        if part in status["times"]:
+            table.add_row(label, f"{status['times'][part]:.1f} s")
+    return table
+
+
+def runs_table(statuses: Sequence[Mapping[str, Any]], folder: Path) -> Table:
+    """One line a run."""
+    table = Table(title=f"Runs in {folder}")
+    for name in ("run", "model", "data", "trials", "front", "hypervolume"):
+        table.add_column(name)
+    for s in statuses:
+        volume = "" if s["hypervolume"] is None else f"{s['hypervolume']:.4f}"
+        done = f"{s['finished']}/{s['trials']}"
+        table.add_row(s["name"], s["model"], s["data"], done, str(s["front"]), volume)
+    return table
+
+
+def time_table(run: Run) -> Table:
+    """Where a run's time went: its parts, and the seconds inside trials over all workers."""
+    times, inside = run.times, _trial_seconds(run.results())
+    table = Table(title="Where the time went", show_header=False)
+    for part, label in PARTS.items():
+        table.add_row(label, f"{times.get(part, 0.0):.1f} s")
+    for part, label in TRIAL_PARTS.items():
+        table.add_row(f"  in trials: {label}", f"{inside[part]:.1f} s")
+    table.add_row("total", f"{sum(times.get(part, 0.0) for part in PARTS):.1f} s", style="bold")
+    return table
+
+
+def export_summary(folder: Path) -> dict[str, str]:
+    """What an export is, in a few lines."""
+    recipe = read_recipe(folder)
+    trial, baseline, test = recipe["trial"], recipe["baseline"], recipe["test"]
+    return {
+        "folder": str(folder),
+        "trial": trial["trial_id"],
+        "test accuracy": f"{test['accuracy']:.4f}",
+        "val accuracy": f"{trial['accuracy']:.4f} (dense {baseline['accuracy']:.4f})",
+        "latency": f"{trial['latency_ms']:.3f} ms ({trial['speedup']:.2f}x dense)",
+        "MACs": f"{trial['macs'] / baseline['macs']:.1%} of dense",
+        "parameters": f"{trial['num_params'] / baseline['num_params']:.1%} of dense",
+        "reload difference": f"{recipe['parity']:.1e}",
+    }
+
+
+def names_table(groups: Mapping[str, Mapping[str, str]]) -> Table:
+    """Names with a line each, by kind."""
+    table = Table(show_header=False)
+    for kind, names in groups.items():
+        for index, (name, line) in enumerate(names.items()):
+            table.add_row(kind if index == 0 else "", name, line)
+        table.add_section()
+    return table
+
+
+def known_methods() -> dict[str, dict[str, str]]:
+    """Criteria, rules, block orders and samplers with a line each."""
+    from ..methods.criteria import CRITERIA, describe
+
+    return {
+        "criterion": {name: describe(name) for name in CRITERIA},
+        "select": {
+            "ratio": "keep a fraction of each group's channels",
+            "cumulative": "keep the fewest channels that hold a fraction k of the group's score",
+        },
+        "blocks.order": {
+            "greedy": "remove the block whose loss costs least, then look again",
+            "oneshot": "rank each block's removal alone",
+            "sequential": "from the end of the network",
+            "random": "a seeded permutation: a control",
+        },
+        "sampler": {
+            "tpe": "multivariate tree-structured Parzen estimator over the conditional space",
+            "nsga2": "genetic, non-dominated sorting",
+            "gp": "Gaussian process; best for short searches of few dimensions",
+            "random": "a control",
+        },
+    }
+
+
+def known_models() -> dict[str, dict[str, str]]:
+    """The zoo with a line each, and the other ways to name a model."""
+    from ..methods.models import MODELS
+
+    return {
+        "zoo": {name: _first_line(MODELS[name]) for name in MODELS},
+        "others": {
+            "torchvision:NAME": "any classifier of torchvision",
+            "timm:NAME": "any model of timm (the extra `timm`)",
+            "module:callable": "your own: a callable that returns an nn.Module; it is imported",
+        },
+    }
+
+
+def known_datasets() -> dict[str, dict[str, str]]:
+    """The data sets with a line each."""
+    from ..methods.data import DATASETS
+
+    return {"data set": {name: entry.description for name, entry in DATASETS.items()}}
+
+
+def check_tables(report: Mapping[str, Any]) -> Iterable[Any]:
+    """`checks.check_report` for people."""
+    yield (
+        f"{report['model']} on {report['data']} {report['image']}: {report['num_params']:,} "
+        f"parameters, {report['macs'] / 1e6:.2f} M MACs; train {report['split']['train']:,}, "
+        f"val {report['split']['val']:,}, test {report['split']['test']:,} images"
+    )
+    blocks = Table(title="Blocks")
+    for name in ("unit", "stage", "params", "removable"):
+        blocks.add_column(name)
+    for block in report["blocks"]:
+        reason = "yes" if block["removable"] else f"no: {block['reason']}"
+        blocks.add_row(block["name"], block["stage"], f"{block['num_params']:,}", reason)
+    yield blocks
+    groups = Table(title="Channel groups: requested keep -> effective width")
+    groups.add_column("group")
+    groups.add_column("stage")
+    groups.add_column("layers")
+    groups.add_column("channels", justify="right")
+    levels = list(report["groups"][0]["widths"]) if report["groups"] else []
+    for level in levels:
+        groups.add_column(f"{level}", justify="right")
+    for group in report["groups"]:
+        widths = [str(group["widths"][level]) for level in levels]
+        layers = f"{len(group['layers'])} coupled" if len(group["layers"]) > 1 else "1"
+        groups.add_row(group["name"], group["stage"], layers, str(group["channels"]), *widths)
+    yield groups
+    for name, reason in report["excluded"].items():
+        yield f"not prunable: {name}: {reason}"
+    low, high = report["macs_range"]
+    yield f"MACs from {low / 1e6:.2f} M to {high / 1e6:.2f} M; space: {report['space']}"
+
+
+_TEXT = ("trial", "criterion", "blocks dropped", "channels kept")
+
+
+def _dense_row(baseline: Mapping[str, Any]) -> TrialResult:
+    names = ("accuracy", "latency_ms", "macs", "num_params", "peak_memory_mib")
+    known = {name: baseline[name] for name in names}
+    return TrialResult("dense", status="completed", accuracy_drop=0.0, speedup=1.0, **known)  # type: ignore[arg-type]
+
+
+def _numbers(row: TrialResult) -> list[str]:
+    return [
+        _number(row.accuracy, ".4f"),
+        _number(row.accuracy_drop, "+.4f"),
+        _number(row.accuracy_before_finetune, ".4f"),
+        _number(row.latency_ms, ".3f"),
+        _number(row.speedup, ".2f"),
+        _number(row.macs, ".2f", 1e-6),
+        _number(row.num_params, ".1f", 1e-3),
+        _number(row.peak_memory_mib, ".2f"),
+    ]
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(value * scale, form)
+
+
+def _choices(result: TrialResult) -> list[str]:
+    import json
+
+    candidate = json.loads(result.candidate)
+    keep = candidate["keep"].values()
+    if candidate["k"] is not None:
+        kept = f"k = {candidate['k']:.2f}"
+    elif keep:
+        kept = f"{min(keep):.2f} to {max(keep):.2f}"
+    else:
+        kept = "all"
+    blocks = ", ".join(result.dropped_blocks) or "none"
+    return [result.criterion or "", blocks, kept]
+
+
+def _trial_seconds(results: Sequence[TrialResult]) -> dict[str, float]:
+    return {part: sum(getattr(result, part) for result in results) for part in TRIAL_PARTS}
+
+
+def _first_line(thing: Any) -> str:
+    return (inspect.getdoc(getattr(thing, "build", thing)) or "").split("\n")[0]

@@ -1,0 +1,229 @@
+"""One trial: score -> select -> prune -> recover -> measure. Knows neither Ray nor Optuna."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.criteria import score_channels
+from ..methods.finetune import finetune, recalibrate_batch_norm
+from ..methods.measure import Latency, count_macs, count_params, peak_memory_mib
+from ..methods.select import select_cumulative, select_ratio
+from ..methods.surgery import PruningPlan, Recipe, apply, group_scores, layer_widths
+from ..methods.tasks.classification import ClassificationTask
+from .config import SearchConfig
+from .records import Candidate, TrialResult, TrialStatus, violations
+
+FULL_FIDELITY = 2  # the whole trial budget (rung 2 of the fidelity ladder)
+
+
+@dataclass
+class TrialContext:
+    """What all trials of one worker share; nothing in it is changed by a trial.
+
+    Attributes:
+        config: The run's config.
+        task: Data, loss and metric, on the worker's device.
+        dense: The trained dense model, on the same device.
+        plan: The dense model's channel groups.
+        baseline_accuracy: The dense model's validation accuracy.
+        measure_latency: Latency of the architecture that a recipe makes, and the seconds that
+            the probe worked on it (the rest was waiting).
+        scores: Channel scores already computed here, by criterion.
+    """
+
+    config: SearchConfig
+    task: ClassificationTask
+    dense: nn.Module
+    plan: PruningPlan
+    baseline_accuracy: float
+    measure_latency: Callable[[Recipe], tuple[Latency, float]]
+    scores: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What one trial has to do.
+
+    Attributes:
+        trial_id: Its name in the ledger.
+        candidate: What to try.
+        candidate_json: The candidate with its origin and parameters, as the ledger keeps it.
+        seed: Seed of everything random in the trial.
+    """
+
+    trial_id: str
+    candidate: Candidate
+    candidate_json: str
+    seed: int
+
+
+@dataclass
+class TrialOutcome:
+    """A trial's row, and what is needed to export it; `state` is None when the trial failed."""
+
+    result: TrialResult
+    recipe: Recipe | None = None
+    state: dict[str, Tensor] | None = None
+
+
+def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
+    """Runs one trial to its end. Every failure becomes a row with its status and message.
+
+    Args:
+        spec: The trial.
+        context: The worker's shared parts.
+
+    Returns:
+        The row. Its `wait_s` is the time spent waiting for the latency probe.
+    """
+    result = TrialResult(
+        trial_id=spec.trial_id,
+        status=TrialStatus.COMPLETED,
+        criterion=spec.candidate.criterion,
+        candidate=spec.candidate_json,
+        dropped_blocks=list(spec.candidate.dropped_blocks),
+        seed=spec.seed,
+        host=platform.node(),
+        device=str(context.task.device),
+        started_at=time.time(),
+    )
+    outcome = TrialOutcome(result)
+    try:
+        _run(spec, context, outcome)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(outcome, f"out of memory: {error}. Lower data.batch_size.")
+    except Exception as error:  # whatever a foreign model does is this trial's failure alone
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        _fail(outcome, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})")
+    result.finished_at = time.time()
+    return outcome
+
+
+def make_recipe(candidate: Candidate, context: TrialContext) -> Recipe:
+    """The exact channels that a candidate keeps: its criterion's scores under its rule."""
+    if candidate.criterion is None:
+        return Recipe(candidate.dropped_blocks)
+    scores = _scores(candidate.criterion, context)
+    round_to = context.config.space.keep.round_to
+    keep = dict(candidate.keep)
+    kept = {}
+    for group in context.plan.alive(candidate.dropped_blocks):
+        totals = group_scores(group, scores, candidate.dropped_blocks)
+        size = group.num_channels // group.parts
+        part = totals[:size]  # the parts score alike
+        if candidate.select == "cumulative":
+            assert candidate.k is not None
+            columns = select_cumulative(part, candidate.k, round_to=round_to)
+        else:
+            columns = select_ratio(part, keep[group.name], round_to=round_to)
+        kept[group.name] = tuple(p * size + int(i) for p in range(group.parts) for i in columns)
+    return Recipe(candidate.dropped_blocks, kept)
+
+
+def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
+    result, task, recover = outcome.result, context.task, context.config.recover
+    with _clock(result, "score_s"):
+        recipe = make_recipe(spec.candidate, context)
+    with _clock(result, "prune_s"):
+        model = apply(copy.deepcopy(context.dense), context.plan, recipe)
+    generator = torch.Generator().manual_seed(spec.seed)
+    torch.manual_seed(spec.seed)  # dropout draws from the global generator
+    with _clock(result, "finetune_s"):
+        if recover.recalibrate_bn:
+            recalibrate_batch_norm(model, task, generator=generator)
+        result.accuracy_before_finetune = task.evaluate(model, "val")["accuracy"]
+    with _clock(result, "measure_s"):
+        _measure(model, recipe, context, result)
+    with _clock(result, "finetune_s"):
+        finetune(
+            model,
+            task,
+            epochs=recover.epochs,
+            lr=recover.lr,
+            generator=generator,
+            augment=context.config.data.augment,
+            teacher=context.dense if recover.distill > 0 else None,
+            distill=recover.distill,
+        )
+        metrics = task.evaluate(model, "val") if recover.epochs > 0 else None
+    _report(result, metrics or task.evaluate(model, "val"), context)
+    result.epochs = recover.epochs
+    result.fidelity = FULL_FIDELITY
+    outcome.recipe = recipe
+    outcome.state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+
+
+def _scores(criterion: str, context: TrialContext) -> Mapping[str, Tensor]:
+    if criterion not in context.scores:
+        options = {c.name: c.options for c in context.config.space.criteria}
+        context.scores[criterion] = score_channels(
+            criterion,
+            context.dense,
+            context.task,
+            context.plan.layers,
+            seed=context.config.search.seed,
+            options=options[criterion],
+        )
+    return context.scores[criterion]
+
+
+def _measure(
+    model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult
+) -> None:
+    example = context.task.example_input(context.config.latency.batch_size)
+    result.widths = layer_widths(model)
+    result.macs = count_macs(model, example)
+    result.num_params = count_params(model)
+    result.peak_memory_mib = peak_memory_mib(model, example)
+    start = time.perf_counter()
+    latency, busy_s = context.measure_latency(recipe)
+    result.wait_s += max(0.0, time.perf_counter() - start - busy_s)
+    result.speedup = latency.speedup
+    result.latency_ms = latency.latency_ms
+    result.latency_ms_p10 = latency.latency_ms_p10
+    result.latency_ms_p90 = latency.latency_ms_p90
+
+
+def _report(result: TrialResult, metrics: Mapping[str, float], context: TrialContext) -> None:
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the validation loss is {metrics['loss']}")
+    result.accuracy = metrics["accuracy"]
+    result.loss = metrics["loss"]
+    result.accuracy_drop = context.baseline_accuracy - metrics["accuracy"]
+    broken = {k: v for k, v in violations(context.config.constraints, result).items() if v > 0}
+    if broken:
+        result.status = TrialStatus.INFEASIBLE
+        result.message = "; ".join(f"violates {k} by {v:.4g}" for k, v in broken.items())
+
+
+def _fail(outcome: TrialOutcome, message: str) -> None:
+    outcome.result.status = TrialStatus.FAILED
+    outcome.result.message = " ".join(message.split())
+    outcome.recipe = outcome.state = None
+
+
+@contextmanager
+def _clock(result: TrialResult, column: str) -> Iterator[None]:
+    start = time.perf_counter()
+    waited = result.wait_s
+    try:
+        yield
+    finally:
+        spent = time.perf_counter() - start - (result.wait_s - waited)
+        setattr(result, column, getattr(result, column) + spent)
+
+
+def with_provenance(candidate: Candidate, provenance: Mapping[str, object]) -> str:
+    """The candidate's JSON for the ledger, with where it came from beside it."""
+    return json.dumps(json.loads(candidate.to_json()) | dict(provenance), sort_keys=True)
