@@ -98,7 +98,9 @@ def finetune(
     model.train()
     for epoch, max_images in enumerate(batch_sizes, start=1):
         losses = []
-        for images, target in task.train_batches(generator, max_images=max_images, augment=augment):
+        for images, target in task.train_batches(
+            generator, max_images=max_images, augment=augment
+        ):
             loss = _loss(model, task, images, target, teacher, distill)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -138,7 +140,7 @@ def _loss(
 def _epoch_sizes(epochs: float, num_train: int) -> list[int | None]:
     whole = int(epochs)
     rest = round((epochs - whole) * num_train)
-    return [None] * whole + ([rest] if rest > 0 else [])
+    return [None] * whole + ([rest] if rest >= 2 else [])  # batch norm cannot train on one image
 
 
 def _cosine(step: int, total: int) -> float:

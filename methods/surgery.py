@@ -239,7 +239,9 @@ def _check(plan: PruningPlan, recipe: Recipe) -> None:
             )
         if group.parts > 1:
             size = group.num_channels // group.parts
-            parts = {tuple(i - p * size for i in kept if i // size == p) for p in range(group.parts)}
+            parts = {
+                tuple(i - p * size for i in kept if i // size == p) for p in range(group.parts)
+            }
             if len(parts) != 1:
                 raise ValueError(
                     f"`kept.{name}` must keep the same channels in each of the layer's "
@@ -345,7 +347,12 @@ def _trace_groups(
             stage = f"stage{levels.index(spatial[name]) + 1}"
             groups.append(
                 ChannelGroup(
-                    name, group.num_channels, group.layers, group.internal, group.parts, stage,
+                    name,
+                    group.num_channels,
+                    group.layers,
+                    group.internal,
+                    group.parts,
+                    stage,
                     group.edits,
                 )
             )
@@ -403,7 +410,7 @@ def _trace_shapes(model: nn.Module, example_input: Tensor) -> tuple[dict[str, in
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                spatial[name] = output.shape[2:].numel() if output.dim() == 4 else 1
+                spatial[name] = _num_pixels(module, output)
                 order.append(name)
                 made[id(output)] = name
                 keep.append(output)
@@ -424,6 +431,12 @@ def _trace_shapes(model: nn.Module, example_input: Tensor) -> tuple[dict[str, in
             handle.remove()
     outputs = {made[id(t)] for t in _tensors(result) if id(t) in made}
     return spatial, outputs or set(order[-1:])
+
+
+def _num_pixels(module: nn.Module, output: Tensor) -> int:
+    if isinstance(module, nn.Linear):  # channels last
+        return output.shape[1:-1].numel()
+    return output.shape[2:].numel()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -129,13 +129,10 @@ class Coordinator:
     def close(self) -> None:
         """Ends the sampler's thread and leaves the ledger compact, with the front marked."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        on_front = {result.trial_id for result in self.front}
+        on_front = {member.trial_id for member in self.front}
         for result in self.results.values():
-            marked = result.trial_id in on_front
-            if result.on_front != marked:
-                result.on_front = marked
-                self.store.write_trial(result)
-        self.store.compact()
+            result.on_front = result.trial_id in on_front
+        self.store.compact(on_front)
         self.store.write_front(self.front)
 
     # --- asking -----------------------------------------------------------------------------

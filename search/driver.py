@@ -112,12 +112,18 @@ class Fleet:
             "state": ray.put(state),
             "baseline_accuracy": baseline_accuracy,
         }
-        self.keeper = ray.remote(_Keeper).options(
-            num_cpus=0, scheduling_strategy=on_driver, max_restarts=-1, max_task_retries=-1
-        ).remote(str(run_dir))
-        self.probe = ray.remote(_LatencyProbe).options(
-            max_restarts=-1, max_task_retries=2, **_probe_resources(problem.config)
-        ).remote(self._parts)
+        self.keeper = (
+            ray.remote(_Keeper)
+            .options(
+                num_cpus=0, scheduling_strategy=on_driver, max_restarts=-1, max_task_retries=-1
+            )
+            .remote(str(run_dir))
+        )
+        self.probe = (
+            ray.remote(_LatencyProbe)
+            .options(max_restarts=-1, max_task_retries=2, **_probe_resources(problem.config))
+            .remote(ray.cloudpickle.dumps(self._parts))
+        )  # sealed: Ray warns of references here
 
     def measure_reference(self) -> tuple[float, dict[str, Any]]:
         """The dense model's latency in ms on the probe, and the probe's fingerprint."""
@@ -334,7 +340,8 @@ def _watchdog(limit_s: float | None) -> Iterator[None]:
 class _LatencyProbe:
     """Owns the device that latency is measured on and answers one request at a time."""
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
+    def __init__(self, sealed_parts: bytes) -> None:
+        parts = ray.cloudpickle.loads(sealed_parts)
         self._config: SearchConfig = parts["config"]
         torch.set_num_threads(self._config.latency.threads)
         self._device = torch.device(self._config.latency.device)

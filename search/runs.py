@@ -217,7 +217,12 @@ def axes(objectives: Mapping[str, str], x: str | None, y: str | None) -> tuple[s
 
 
 def _execute(
-    config: SearchConfig, folder: Path, address: str | None, progress: Progress | None, *, new: bool
+    config: SearchConfig,
+    folder: Path,
+    address: str | None,
+    progress: Progress | None,
+    *,
+    new: bool,
 ) -> Run:
     from .coordinator import Coordinator
     from .setup import make_space, pose, prepare_dense

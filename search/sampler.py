@@ -51,7 +51,9 @@ class Sampler:
             directions=[str(direction) for direction in config.objectives.values()],
             sampler=RandomSampler(seed=self._seed),
         )
-        self._study.set_metric_names(list(config.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(list(config.objectives))
 
     def ask(self, number: int) -> Proposal:
         """Proposes trial `number`: a seed while there are some, then what the sampler likes."""
@@ -63,7 +65,8 @@ class Sampler:
         trial = self._study.ask()
         params = self._space.suggest(trial)
         self._open[number] = trial
-        attrs = {k: v for k, v in trial.system_attrs.items() if k.endswith(":generation")}
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        attrs = {k: v for k, v in frozen.system_attrs.items() if k.endswith(":generation")}
         return Proposal(number, origin, params, self._space.candidate(params), attrs)
 
     def tell(self, number: int, result: TrialResult) -> None:

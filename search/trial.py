@@ -178,9 +178,7 @@ def _scores(criterion: str, context: TrialContext) -> Mapping[str, Tensor]:
     return context.scores[criterion]
 
 
-def _measure(
-    model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult
-) -> None:
+def _measure(model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult) -> None:
     example = context.task.example_input(context.config.latency.batch_size)
     result.widths = layer_widths(model)
     result.macs = count_macs(model, example)

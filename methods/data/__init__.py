@@ -205,7 +205,9 @@ def _split_indices(
     train, val = rest[train_in], rest[val_in]
     parts = {"train": train, "val": val} | ({} if official else {"test": test})
     for part, indices in parts.items():
-        if len(indices) == 0 or (part == "train" and len(labels[train].unique()) < num_classes):
+        if len(indices) == 0 or (
+            part == "train" and len(torch.unique(labels[train])) < num_classes
+        ):
             raise ValueError(
                 f"`data.split` (={list(split)}) must leave images in every split, and every class "
                 f"in train: {part} is short with {len(rest)} images of {num_classes} classes to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _unpickle(path: Path) -> Any:
     try:
-        return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        with warnings.catch_warnings():  # the files are from 2009, and numpy says so
+            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+            return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise _damaged(path, str(error)[:200]) from error
 

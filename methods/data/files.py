@@ -42,8 +42,8 @@ def find_or_download(
     """
     if root is not None and not root.is_dir():
         raise ValueError(
-            f"`data.root` (={root}) must be a folder: there is none. Correct the path, or leave it "
-            "out to use the default places."
+            f"`data.root` (={root}) must be a folder: there is none. Correct the path, or leave "
+            "it out to use the default places."
         )
     cache = CACHE.expanduser()
     variable = os.environ.get("PRUNE_SEARCH_DATA")

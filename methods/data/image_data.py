@@ -137,7 +137,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
         return images.repeat(1, channels, 1, 1)
     if native == 3 and channels == 1:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        parts = [(p.float() * weights).sum(1, keepdim=True) for p in images.split(CHUNK)]
+        parts = [(p.float() * weights).sum(1, keepdim=True) for p in torch.split(images, CHUNK)]
         return torch.cat([part.round_().to(torch.uint8) for part in parts])
     raise ValueError(
         f"`channels` (={channels}) must be 1 or the data's own number: the images have {native} "
@@ -157,7 +157,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     """
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for part in images.split(CHUNK):
+    for part in torch.split(images, CHUNK):
         pixels = part.float()
         total += pixels.sum((0, 2, 3), dtype=torch.float64)
         squares += pixels.square_().sum((0, 2, 3), dtype=torch.float64)

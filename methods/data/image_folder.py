@@ -106,7 +106,8 @@ def _decode(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
             image = file.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError) as error:
         raise ValueError(
-            f"`data.root` (={path}) must hold readable images: {error}. Replace or delete the file."
+            f"`data.root` (={path}) must hold readable images: {error}. Replace or "
+            "delete the file."
         ) from error
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

@@ -74,7 +74,7 @@ def stratified_subset(labels: Tensor, count: int, generator: torch.Generator) ->
 def _classes(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Indices of each class that occurs, shuffled."""
     shuffled = torch.randperm(len(labels), generator=generator)
-    return [shuffled[labels[shuffled] == label] for label in labels.unique()]
+    return [shuffled[labels[shuffled] == label] for label in torch.unique(labels)]
 
 
 def _ascending(parts: list[Tensor]) -> Tensor:

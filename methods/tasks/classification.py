@@ -59,7 +59,7 @@ class ClassificationTask:
         self.num_train = len(data.train)
         self._augmentation = (data.crop_padding, data.horizontal_flip)
         chosen = calibration_indices(data.train.labels.cpu(), calibration_size, seed)
-        data = data.to(self.device)
+        self.data = data = data.to(self.device)
         self._splits: dict[str, Split] = {
             "train": data.train,
             "val": data.val,
@@ -102,7 +102,7 @@ class ClassificationTask:
         train = self._splits["train"]
         order = torch.randperm(len(train), generator=generator, device=generator.device)
         order = order[:max_images].to(self.device)
-        for indices in order.split(self.batch_size):
+        for indices in torch.split(order, self.batch_size):
             if len(indices) < 2:
                 return
             images = train.images[indices]
@@ -120,7 +120,7 @@ class ClassificationTask:
         return list(self.batches("calibration"))
 
     def example_input(self, batch_size: int = 1) -> Tensor:
-        """Normalised calibration images, repeated where there are too few, [batch_size, C, H, W]."""
+        """Normalised calibration images, [batch_size, C, H, W], repeated where too few."""
         images = self._splits["calibration"].images
         indices = torch.arange(batch_size, device=self.device) % len(images)
         return self._normalise(images[indices])
@@ -171,7 +171,7 @@ class ClassificationTask:
         chosen = self._splits[split]
         size = batch_size or self.batch_size
         for images, labels in zip(
-            chosen.images.split(size), chosen.labels.split(size), strict=True
+            torch.split(chosen.images, size), torch.split(chosen.labels, size), strict=True
         ):
             yield self._normalise(images), labels
 

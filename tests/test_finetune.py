@@ -1,0 +1,214 @@
+"""Recovery: batch norms averaged over the batches, and a seeded, warmed-up, decaying SGD."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prunesearch.methods import finetune as module
+from prunesearch.methods.data import load_data
+from prunesearch.methods.finetune import BATCH_NORMS, finetune, recalibrate_batch_norm
+from prunesearch.methods.models.build import build_model
+from prunesearch.methods.tasks.classification import ClassificationTask
+
+
+@pytest.fixture(scope="module")
+def task() -> ClassificationTask:
+    data = load_data("digits", image_size=8, limit=240)
+    return ClassificationTask(data, batch_size=32, calibration_size=32)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet20", num_classes=10)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def steps_of(task: ClassificationTask, model: nn.Module, **options: object) -> int:
+    """Training steps of one `finetune`, counted by its calls of the loss."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "loss", lambda *a: calls.append(1) or nn.functional.cross_entropy(*a))
+        finetune(model, task, lr=0.01, generator=seeded(), **options)  # type: ignore[arg-type]
+    return len(calls)
+
+
+# --- batch norm recalibration ----------------------------------------------------------------
+
+
+def test_recalibration_is_the_plain_average_over_the_batches(task, model):
+    by_hand = copy.deepcopy(model).eval()
+    norms = {n: m for n, m in by_hand.named_modules() if isinstance(m, BATCH_NORMS)}
+    seen = {name: ([], []) for name in norms}
+
+    def remember(name):
+        def hook(norm, args):
+            (x,) = args
+            seen[name][0].append(x.mean((0, 2, 3)))
+            seen[name][1].append(x.var((0, 2, 3), unbiased=True))
+
+        return hook
+
+    for name, norm in norms.items():
+        norm.train()
+        norm.register_forward_pre_hook(remember(name))
+    with torch.no_grad():
+        for images, _ in task.train_batches(seeded(5), max_images=100, augment=False):
+            by_hand(images)
+    assert len(seen["bn1"][0]) == 4  # 32 + 32 + 32 + 4 images
+    recalibrate_batch_norm(model, task, generator=seeded(5), num_images=100)
+    for name, (means, variances) in seen.items():
+        norm = model.get_submodule(name)
+        torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0))
+
+
+def test_recalibration_touches_no_weight_and_restores_modes_and_momentum(task, model):
+    model.layer2.train()
+    model.layer1[0].bn1.momentum = 0.3
+    before, modes = weights(model), [m.training for m in model.modules()]
+    recalibrate_batch_norm(model, task, generator=seeded(), num_images=64)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert [m.training for m in model.modules()] == modes
+    assert model.layer1[0].bn1.momentum == 0.3 and model.bn1.momentum == 0.1
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(b.is_inference() for b in model.buffers())
+
+
+def test_recalibration_forgets_old_statistics_and_leaves_other_layers_in_eval(task):
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.BatchNorm1d(192))
+    images = next(task.train_batches(seeded(1), max_images=32, augment=False))[0].flatten(1)
+    model[2].running_mean.fill_(1e6)
+    recalibrate_batch_norm(model, task, generator=seeded(1), num_images=32)
+    torch.testing.assert_close(model[2].running_mean, images.mean(0))  # no dropout
+    torch.testing.assert_close(model[2].running_var, images.var(0))
+
+
+def test_recalibration_without_batch_norm_draws_nothing(task):
+    generator = seeded()
+    recalibrate_batch_norm(nn.Sequential(nn.Flatten()), task, generator=generator)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+# --- fine-tuning -----------------------------------------------------------------------------
+
+
+def test_finetune_is_deterministic_by_generator_and_learns(task, model):
+    same, other = copy.deepcopy(model), copy.deepcopy(model)
+    losses: list[float] = []
+    options = {"epochs": 3, "lr": 0.05}
+    finetune(
+        model, task, **options, generator=seeded(1), on_epoch=lambda n, loss: losses.append(loss)
+    )
+    torch.rand(7)  # the global generator must not matter
+    finetune(same, task, **options, generator=seeded(1))
+    finetune(other, task, **options, generator=seeded(2))
+    assert all(torch.equal(a, b) for a, b in zip(*map(_state, (model, same)), strict=True))
+    assert not torch.equal(model.fc.weight, other.fc.weight)
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert not model.training
+
+
+def _state(model: nn.Module) -> list[torch.Tensor]:
+    return list(model.state_dict().values())
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 1.5, 2.25])
+def test_fractional_epochs_train_on_that_share_of_the_images(task, epochs):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    per_epoch = math.ceil(task.num_train / 32)
+    rest = (epochs % 1) * task.num_train
+    assert steps_of(task, model, epochs=epochs) == int(epochs) * per_epoch + math.ceil(rest / 32)
+
+
+def test_no_epochs_change_nothing(task, model):
+    before = _state(copy.deepcopy(model))
+    finetune(model, task, epochs=0, lr=0.1, generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip(_state(model), before, strict=True))
+
+
+def test_frozen_parameters_stay(task, model):
+    model.conv1.requires_grad_(False)
+    before = weights(model)
+    finetune(model, task, epochs=0.5, lr=0.1, generator=seeded())
+    assert torch.equal(model.conv1.weight, before["conv1.weight"])
+    assert not torch.equal(model.fc.weight, before["fc.weight"])
+
+
+@pytest.mark.parametrize("broken", ["weight", "rate"])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_rate(task, model, broken):
+    if broken == "weight":
+        with torch.no_grad():
+            model.fc.weight[0, 0] = float("nan")
+    lr = 1e12 if broken == "rate" else 0.01
+    with pytest.raises(FloatingPointError, match=rf"epoch \d.*`lr` \(={lr}\)"):
+        finetune(model, task, epochs=3, lr=lr, generator=seeded())
+
+
+def test_distillation_weight_zero_ignores_the_teacher(task, model):
+    teacher, plain = build_model("resnet20", num_classes=10), copy.deepcopy(model)
+    finetune(plain, task, epochs=0.5, lr=0.05, generator=seeded())
+    finetune(model, task, epochs=0.5, lr=0.05, generator=seeded(), teacher=teacher, distill=0.0)
+    assert torch.equal(model.fc.weight, plain.fc.weight)
+
+
+def test_distillation_weight_one_ignores_the_labels_and_leaves_the_teacher(task, model):
+    teacher = build_model("resnet20", num_classes=10).eval()
+    state, other = _state(copy.deepcopy(teacher)), copy.deepcopy(model)
+    options = {"epochs": 0.5, "lr": 0.05, "teacher": teacher, "distill": 1.0}
+    finetune(model, task, **options, generator=seeded())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "loss", lambda logits, target: -100 * logits.mean())
+        finetune(other, task, **options, generator=seeded())
+    assert torch.equal(model.fc.weight, other.fc.weight)
+    assert all(torch.equal(a, b) for a, b in zip(_state(teacher), state, strict=True))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_like_its_teacher_has_no_distillation_loss(task, model):
+    model.eval()
+    images, target = next(iter(task.batches("val")))
+    both = module._loss(model, task, images, target, copy.deepcopy(model), 0.25)
+    torch.testing.assert_close(both, 0.75 * task.loss(model(images), target))
+
+
+@pytest.mark.parametrize("total", [20, 50, 1000])
+def test_the_schedule_warms_up_to_the_peak_and_ends_near_zero(total):
+    rates = [module._cosine(step, total) for step in range(total)]
+    peak = rates.index(1.0)
+    assert peak == max(1, total // 10) - 1
+    assert rates[:peak] == sorted(rates[:peak]) and rates[0] > 0
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(4, 32), (0.5, 8), (2, 8)])
+def test_the_rate_of_the_last_step_is_near_zero(task, epochs, batch_size):
+    rates = _rates(ClassificationTask(task.data, batch_size=batch_size), epochs)
+    assert max(rates) == pytest.approx(0.1) and rates[-1] < 0.1 * 0.05
+
+
+def _rates(task: ClassificationTask, epochs: float) -> list[float]:
+    """The learning rate of every step."""
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "SGD", Watched)
+        finetune(model, task, epochs=epochs, lr=0.1, generator=seeded())
+    return rates
