@@ -1,37 +1,49 @@
-"""Direct block removal: rank blocks by what the model loses without them.
+"""Ranks the blocks of a model by what removing them costs, without training.
 
-Wu et al., Block Pruning for Enhanced Efficiency in Convolutional Neural Networks, section III-C:
-remove each remaining block in turn, measure the accuracy, remove the one that costs least. Scored
-on the task's calibration split, which is training data.
-
-Removing a block changes nothing before it. So for each batch one forward pass is kept, and each
-candidate runs only from its own block on: every module that ends before the block begins is
-replaced, for that one pass, by what it returned.
+Direct block removal: a block is as important as the accuracy that is lost without it. Accuracy
+and loss are measured on the task's calibration split, which is part of the training data.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import trace_calls
+from .names import unknown_name
+from .replay import Outputs, Replay
+from .trace import eval_mode
 
 Order = Literal["greedy", "oneshot", "sequential", "random"]
 Score = Literal["accuracy", "loss"]
-MAX_EXHAUSTIVE = 12
+MAX_EXHAUSTIVE = 12  # blocks: 4,096 subsets
+
+
+class RankingTask(Protocol):
+    """What block removal needs of a task."""
+
+    def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Fixed batches of images [B, C, H, W] and labels [B], on the model's device."""
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar."""
 
 
 @dataclass(frozen=True)
 class BlockStep:
-    """The model without `removed`, on the calibration split."""
+    """The model without some blocks, measured on the calibration split.
+
+    Attributes:
+        removed: The blocks left out.
+        accuracy: Fraction of the images, 0..1.
+        loss: Mean over the images.
+    """
 
     removed: tuple[str, ...]
     accuracy: float
@@ -40,15 +52,16 @@ class BlockStep:
 
 @dataclass(frozen=True)
 class BlockRanking:
-    """An order of removal.
+    """The order in which to remove blocks.
 
     Attributes:
-        order: Every block, the first to remove in front.
-        path: What the model scores after each removal that was measured (greedy), or with each
-            block alone removed, in `order` (one-shot); empty for orders that measure nothing.
-        method: The order's name.
-        evaluations: Models evaluated.
-        seconds: Time taken.
+        order: All blocks, the one to remove first in front.
+        path: What was measured along the order. Greedy: the model after each removal; oneshot:
+            the model without that one block; sequential and random: nothing.
+        method: Which order it is.
+        evaluations: How many models were evaluated on the whole calibration split.
+        seconds: Wall time.
+        suffix_only: Whether only the part of the model behind each removed block was run.
     """
 
     order: tuple[str, ...]
@@ -56,11 +69,12 @@ class BlockRanking:
     method: str
     evaluations: int
     seconds: float
+    suffix_only: bool
 
 
 def rank_blocks(
     model: nn.Module,
-    task: Any,
+    task: RankingTask,
     blocks: Sequence[str],
     *,
     order: Order = "greedy",
@@ -69,264 +83,186 @@ def rank_blocks(
     max_drop: int | None = None,
     suffix_only: bool = True,
 ) -> BlockRanking:
-    """Ranks `blocks` by direct removal.
+    """Orders blocks by how little the model suffers without them.
 
-    Of equally good removals the later block goes first (the paper's sequential baseline).
+    greedy: remove the block whose removal leaves the best score, measure the rest again, repeat.
+    oneshot: measure each block alone, once. sequential: from the model's end. random: by `seed`.
+    Of equal scores the block nearer to the model's end goes first.
 
     Args:
-        model: Left as it is.
-        task: Supplies `calibration_batches()` and `loss`.
-        blocks: Removable blocks in forward order.
-        order: `greedy` looks again after each removal, `oneshot` looks once, `sequential` goes
-            from the end, `random` is a seeded permutation.
-        score: What a removal must not cost: `accuracy`, or `loss`.
-        seed: Of the order `random`.
-        max_drop: Greedy stops looking after so many removals; the rest keep their last ranking.
-        suffix_only: False runs every candidate from the first layer; the results are the same.
+        model: Left as it was. Run in eval mode.
+        task: Supplies the calibration split.
+        blocks: Names that `removable_blocks` returns.
+        order: How they are ordered.
+        score: `accuracy` (high is good) or `loss` (low is good).
+        seed: Of the random order.
+        max_drop: Greedy stops measuring after this many removals; the blocks left follow in the
+            order of the last measurement.
+        suffix_only: Run only what follows the removed block. The numbers are the same to the last
+            digit; a model that does not allow it is run whole.
+
+    Returns:
+        The ranking.
+
+    Raises:
+        ValueError: If a name is unknown, or a block is not called once with one tensor.
     """
-    start = time.perf_counter()
-    if order == "sequential":
-        return BlockRanking(tuple(reversed(blocks)), (), order, 0, 0.0)
-    if order == "random":
-        shuffled = random.Random(seed).sample(list(blocks), len(blocks))
-        return BlockRanking(tuple(shuffled), (), order, 0, 0.0)
-    evaluator = _Evaluator(model, task, suffix_only=suffix_only)
-    rounds = 1 if order == "oneshot" else min(len(blocks), max_drop or len(blocks))
-    removed: tuple[str, ...] = ()
-    path: list[BlockStep] = []
-    rest = list(blocks)
-    for _ in range(rounds):
-        steps = evaluator.evaluate([(*removed, block) for block in rest])
-        steps.sort(key=lambda step: _rank(step, score, rest), reverse=True)
-        if order == "oneshot":
-            path, rest = steps, []
-            removed = tuple(step.removed[-1] for step in steps)
-        else:
-            path.append(steps[0])
-            removed = steps[0].removed
-            rest = [block for block in rest if block not in removed]
-            ranked = [step.removed[-1] for step in steps[1:]]
-    if rest:
-        removed += tuple(ranked)
-    seconds = time.perf_counter() - start
-    return BlockRanking(removed, tuple(path), order, evaluator.evaluations, seconds)
+    _check_name("order", order, get_args(Order))
+    _check_name("score", score, get_args(Score))
+    if max_drop is not None and max_drop < 0:
+        raise ValueError(
+            f"`max_drop` (={max_drop}) must be at least 0: it counts removals. Leave it out to "
+            "rank all blocks."
+        )
+    started = time.perf_counter()
+    with eval_mode(model):
+        evaluator = _Evaluator(model, task, blocks, suffix_only)
+        path: list[BlockStep] = []
+        names = list(reversed(evaluator.blocks))
+        if order == "random":
+            random.Random(seed).shuffle(names)
+        elif order == "oneshot":
+            path = _sorted(evaluator.without_each((), evaluator.blocks), score)
+            names = [step.removed[-1] for step in path]
+        elif order == "greedy":
+            names, path = _greedy(evaluator, score, max_drop)
+    return BlockRanking(
+        order=tuple(names),
+        path=tuple(path),
+        method=order,
+        evaluations=evaluator.evaluations,
+        seconds=time.perf_counter() - started,
+        suffix_only=evaluator.suffix_only,
+    )
 
 
 def exhaustive(
-    model: nn.Module, task: Any, blocks: Sequence[str], *, suffix_only: bool = True
-) -> dict[frozenset[str], BlockStep]:
-    """Scores every subset of `blocks`, the empty one included: the optimum by brute force.
+    model: nn.Module, task: RankingTask, blocks: Sequence[str], *, suffix_only: bool = True
+) -> dict[tuple[str, ...], float]:
+    """Accuracy of the model without each subset of blocks, the empty one included.
+
+    Subsets that agree up to a block share what runs before it.
+
+    Args:
+        model: Left as it was. Run in eval mode.
+        task: Supplies the calibration split.
+        blocks: Names that `removable_blocks` returns, at most `MAX_EXHAUSTIVE`.
+        suffix_only: As for `rank_blocks`.
+
+    Returns:
+        Removed blocks, in the order of their calls -> accuracy on the calibration split, 0..1.
 
     Raises:
-        ValueError: If there are more than 12 blocks, which would be over 4,096 models.
+        ValueError: If there are too many blocks, or as for `rank_blocks`.
     """
     if len(blocks) > MAX_EXHAUSTIVE:
         raise ValueError(
-            f"`blocks` (={len(blocks)} of them) must be at most {MAX_EXHAUSTIVE}: there are "
-            f"{2 ** len(blocks)} subsets. Name fewer blocks or use the greedy order."
+            f"`blocks` (={len(blocks)} names) must hold at most {MAX_EXHAUSTIVE}: every block "
+            "doubles the number of subsets. Name fewer, or use `rank_blocks`."
         )
-    subsets = [
-        subset
-        for size in range(len(blocks) + 1)
-        for subset in itertools.combinations(blocks, size)
-    ]
-    steps = _Evaluator(model, task, suffix_only=suffix_only).evaluate(subsets)
-    return {frozenset(step.removed): step for step in steps}
-
-
-def _rank(step: BlockStep, score: Score, blocks: Sequence[str]) -> tuple[float, float]:
-    """Sorts the best removal last; a later block wins a tie."""
-    quality = step.accuracy if score == "accuracy" else -step.loss
-    return quality, blocks.index(step.removed[-1])
+    with eval_mode(model):
+        steps = _Evaluator(model, task, blocks, suffix_only).every_subset()
+    return {step.removed: step.accuracy for step in steps}
 
 
 class _Evaluator:
-    """Evaluates removals on the calibration batches, all candidates batch by batch."""
+    """Measures models without blocks, batch by batch so that one batch's activations are kept."""
 
-    def __init__(self, model: nn.Module, task: Any, *, suffix_only: bool) -> None:
-        self._model = model
-        self._task = task
-        self._batches = task.calibration_batches()
-        self._modules = dict(model.named_modules())
-        calls = trace_calls(model, self._batches[0][0][:2])
-        self._position = {name: index for index, name in enumerate(calls)}
-        self._once = {name for name, call in calls.items() if call.count == 1}
-        self._suffix_only = suffix_only
+    def __init__(
+        self, model: nn.Module, task: RankingTask, blocks: Sequence[str], suffix_only: bool
+    ) -> None:
+        batches = task.calibration_batches()
+        self._replay = Replay(model, blocks, batches[0][0][:2])
+        self._loss = task.loss
+        self._batches = [
+            part
+            for images, labels in batches
+            for part in zip(
+                torch.split(images, self._replay.max_images),
+                torch.split(labels, self._replay.max_images),
+                strict=True,
+            )
+        ]
+        self.blocks = self._replay.blocks
+        self.suffix_only = suffix_only and self._replay.exact
         self.evaluations = 0
 
-    def evaluate(self, candidates: Sequence[tuple[str, ...]]) -> list[BlockStep]:
-        """Accuracy and mean loss of the model without each candidate's blocks."""
-        correct = [0] * len(candidates)
-        losses = [0.0] * len(candidates)
-        count = 0
-        common = frozenset.intersection(*map(frozenset, candidates)) if candidates else frozenset()
-        with _eval_mode(self._model), torch.inference_mode(), _bypassed(self._of(common)):
-            for images, labels in self._batches:
-                run = self._prefix(images, [c for c in candidates if set(c) - common], common)
-                for index, candidate in enumerate(candidates):
-                    logits = run(tuple(set(candidate) - common))
-                    correct[index] += int((logits.argmax(1) == labels).sum())
-                    losses[index] += float(self._task.loss(logits, labels)) * len(labels)
-                count += len(labels)
-        self.evaluations += len(candidates)
-        return [
-            BlockStep(candidate, correct[i] / count, losses[i] / count)
-            for i, candidate in enumerate(candidates)
-        ]
+    def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
+        """The model without `removed` and one more block, for each of `blocks`."""
 
-    def _prefix(
-        self, images: Tensor, candidates: Iterable[tuple[str, ...]], common: frozenset[str]
-    ) -> Callable[[tuple[str, ...]], Tensor]:
-        """Runs the common model once and returns what runs a candidate from its first block on."""
+        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+            outputs = self._replay.record(images, removed)[1] if self.suffix_only else None
+            for block in blocks:
+                yield (*removed, block), self._run(images, (*removed, block), block, outputs)
 
-        def full(removed: tuple[str, ...]) -> Tensor:
-            with _bypassed(self._of(removed)):
-                return _logits(self._model(images))
+        return self._measure(logits)
 
-        if not self._suffix_only:
-            return full
-        starts = {self._first(set(candidate) - common) for candidate in candidates}
-        memory = self._remember(images, {name for name in starts if name in self._once})
+    def every_subset(self) -> list[BlockStep]:
+        """The model without each subset of the blocks."""
 
-        def suffix(removed: tuple[str, ...]) -> Tensor:
-            if not removed:
-                return full(removed)
-            first = self._first(removed)
-            if first not in memory.inputs:
-                return full(removed)
-            with _bypassed(self._of(set(removed) - {first})), self._from(first, memory):
-                return _logits(self._model(images))
+        def visit(
+            images: Tensor, removed: tuple[str, ...], first: int, outputs: Outputs | None
+        ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+            start = removed[-1] if removed and outputs is not None else None
+            result, outputs = self._replay.record(images, removed, start=start, outputs=outputs)
+            yield removed, result
+            for index in range(first, len(self.blocks)):
+                subset = (*removed, self.blocks[index])
+                yield from visit(images, subset, index + 1, outputs if self.suffix_only else None)
 
-        return suffix
+        return self._measure(lambda images: visit(images, (), 0, None))
 
-    def _remember(self, images: Tensor, starts: set[str]) -> _Memory:
-        """One forward pass that keeps the input of each start and what comes before it."""
-        memory = _Memory({}, {})
-        before = {name for start in starts for name in self._before(start)}
-        with ExitStack() as stack:
-            for name in starts:
-                hook = self._modules[name].register_forward_pre_hook(memory.keep_input(name))
-                stack.callback(hook.remove)
-            for name in before - {n for n in before if self._in_sequential(n)}:
-                hook = self._modules[name].register_forward_hook(memory.keep_output(name))
-                stack.callback(hook.remove)
-            self._model(images)
-        return memory
+    def _run(
+        self, images: Tensor, removed: tuple[str, ...], block: str, outputs: Outputs | None
+    ) -> Tensor:
+        if outputs is None:
+            return self._replay.run(images, removed)
+        return self._replay.run(images, removed, start=block, outputs=outputs)
 
-    @contextmanager
-    def _from(self, start: str, memory: _Memory) -> Iterator[None]:
-        """Makes a forward pass begin at `start`: what is before it returns what it returned.
-
-        A child of an `nn.Sequential` before the start need not return anything: its output goes
-        only to the next child.
-        """
-        replaced: dict[nn.Module, Callable[..., Any]] = {}
-        for name in self._before(start):
-            if self._in_sequential(name):
-                replaced[self._modules[name]] = _same
-            else:
-                replaced[self._modules[name]] = _returns(memory.outputs[name])
-        replaced[self._modules[start]] = _returns(memory.inputs[start])
-        with _forwards(replaced):
-            yield
-
-    def _before(self, start: str) -> list[str]:
-        """The outermost modules that are called once and end before `start` begins."""
-        found: list[str] = []
-        ancestors = _ancestors(start)
-        for name, position in self._position.items():
-            if position >= self._position[start]:
-                break
-            if name in self._once and name not in ancestors and not _within(name, found):
-                found.append(name)
-        return found
-
-    def _in_sequential(self, name: str) -> bool:
-        return type(self._modules[name.rpartition(".")[0]]) is nn.Sequential
-
-    def _first(self, blocks: Iterable[str]) -> str:
-        return min(blocks, key=self._position.__getitem__)
-
-    def _of(self, names: Iterable[str]) -> list[nn.Module]:
-        return [self._modules[name] for name in names]
+    def _measure(
+        self, logits: Callable[[Tensor], Iterator[tuple[tuple[str, ...], Tensor]]]
+    ) -> list[BlockStep]:
+        """Accuracy and loss over all batches, for each set of blocks that `logits` yields."""
+        totals: dict[tuple[str, ...], Tensor] = {}
+        num_images = 0
+        for images, labels in self._batches:
+            num_images += len(labels)
+            for removed, output in logits(images):
+                correct = (output.argmax(1) == labels).sum()
+                loss = self._loss(output, labels) * len(labels)
+                sums = torch.stack([correct.double(), loss.double()])
+                totals[removed] = totals[removed] + sums if removed in totals else sums
+        self.evaluations += len(totals)
+        means = {removed: (sums / num_images).tolist() for removed, sums in totals.items()}
+        return [BlockStep(removed, *mean) for removed, mean in means.items()]
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """Inputs of blocks and outputs of the modules before them, for one batch."""
-
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
-
-    def keep_input(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.inputs[name] = _copy(args[0])
-
-        return hook
-
-    def keep_output(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[name] = _copy(output)
-
-        return hook
+def _greedy(
+    evaluator: _Evaluator, score: Score, max_drop: int | None
+) -> tuple[list[str], list[BlockStep]]:
+    left = list(evaluator.blocks)
+    path: list[BlockStep] = []
+    steps = len(left) if max_drop is None else min(max_drop, len(left))
+    rest = list(reversed(left))
+    for _ in range(steps):
+        removed = path[-1].removed if path else ()
+        ranked = _sorted(evaluator.without_each(removed, left), score)
+        path.append(ranked[0])
+        left.remove(ranked[0].removed[-1])
+        rest = [step.removed[-1] for step in ranked[1:]]
+    return [*(path[-1].removed if path else ()), *rest], path
 
 
-def _copy(value: Any) -> Any:
-    """A copy that an in-place operation further on cannot reach."""
-    return value.clone() if isinstance(value, Tensor) else value
+def _sorted(steps: list[BlockStep], score: Score) -> list[BlockStep]:
+    """Best first; of equal ones the later block, whose steps come last in `steps`, first."""
+
+    def badness(step: BlockStep) -> float:
+        value = -step.accuracy if score == "accuracy" else step.loss
+        return math.inf if math.isnan(value) else value
+
+    return sorted(reversed(steps), key=badness)
 
 
-def _returns(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _copy(value)
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-@contextmanager
-def _bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Makes the modules return their input."""
-    with _forwards(dict.fromkeys(modules, _same)):
-        yield
-
-
-@contextmanager
-def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the modules' forward functions; what was there before comes back."""
-    before = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _logits(output: Any) -> Tensor:
-    assert isinstance(output, Tensor)
-    return output
-
-
-def _ancestors(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:i]) for i in range(1, len(parts))}
-
-
-def _within(name: str, outer: Iterable[str]) -> bool:
-    return any(name.startswith(parent + ".") for parent in outer)
+def _check_name(field: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(unknown_name(field, name, known))

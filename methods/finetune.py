@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .trace import evaluating
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WARMUP_FRACTION = 0.1
 DISTILL_TEMPERATURE = 4.0
@@ -35,22 +37,16 @@ def recalibrate_batch_norm(
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    try:
-        with torch.inference_mode():
-            for images, _ in task.train_batches(generator, max_images=num_images, augment=False):
-                model(images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    with evaluating(model), torch.inference_mode():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+            norm.train()
+        for images, _ in task.train_batches(generator, max_images=num_images, augment=False):
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def finetune(
@@ -87,16 +83,15 @@ def finetune(
     """
     if epochs <= 0:
         return
-    batch_sizes = _epoch_sizes(epochs, task.num_train)
-    steps_per_epoch = math.ceil(task.num_train / task.batch_size)
-    total = max(1, round(epochs * steps_per_epoch))
+    sizes = _epoch_sizes(epochs, task.num_train)
+    total = sum(_num_batches(size, task.batch_size) for size in sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
     model.train()
-    for epoch, max_images in enumerate(batch_sizes, start=1):
+    for epoch, max_images in enumerate(sizes, start=1):
         losses = []
         for images, target in task.train_batches(
             generator, max_images=max_images, augment=augment
@@ -137,10 +132,16 @@ def _loss(
     return loss
 
 
-def _epoch_sizes(epochs: float, num_train: int) -> list[int | None]:
+def _epoch_sizes(epochs: float, num_train: int) -> list[int]:
+    """Images of each pass: whole ones, then the fraction."""
     whole = int(epochs)
     rest = round((epochs - whole) * num_train)
-    return [None] * whole + ([rest] if rest >= 2 else [])  # batch norm cannot train on one image
+    return [num_train] * whole + ([rest] if rest >= 2 else [])  # one image is no batch
+
+
+def _num_batches(num_images: int, batch_size: int) -> int:
+    """A last batch of one image is dropped: batch norm cannot train on it."""
+    return num_images // batch_size + (num_images % batch_size > 1)
 
 
 def _cosine(step: int, total: int) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from .trace import evaluating
 
 MIB = 2**20
 BURST = 4  # runs of one model before the other's turn
@@ -52,7 +55,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: Run once in eval mode.
         example_input: [B, C, H, W]; the first example is used.
     """
-    with _evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(example_input[:1])
     return int(counter.get_total_flops()) // 2
 
@@ -74,9 +77,10 @@ def peak_memory_mib(model: nn.Module, example_input: Tensor) -> float:
         example_input: The batch to run, [B, C, H, W].
     """
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    with _evaluating(model), _LiveStorages(model, example_input) as live:
+    live = _LiveStorages(model, example_input)
+    with evaluating(model), torch.inference_mode(), live:
         model(example_input)
-    return (weights + example_input.nbytes + live.peak) / MIB
+    return float(weights + example_input.nbytes + live.peak) / MIB
 
 
 def reference_latency_ms(
@@ -92,7 +96,7 @@ def reference_latency_ms(
         threads: Torch threads; restored afterwards.
         runs: Timed runs for each of the three medians.
     """
-    with _timing(model, threads):
+    with _timing(threads, model):
         run = _runner(model, example_input)
         _warm_up(run)
         return 1000 * min(statistics.median(run() for _ in range(runs)) for _ in range(3))
@@ -119,7 +123,7 @@ def paired_latency(
         threads: Torch threads; restored afterwards.
         runs: Timed runs of each model.
     """
-    with _timing(model, threads), _timing(dense, threads):
+    with _timing(threads, model, dense):
         run_model, run_dense = _runner(model, example_input), _runner(dense, example_input)
         _warm_up(run_model)
         _warm_up(run_dense)
@@ -145,7 +149,10 @@ def paired_latency(
 
 def _runner(model: nn.Module, example_input: Tensor) -> Callable[[], float]:
     """A function that runs the model once and returns the seconds it took."""
-    synchronize = torch.cuda.synchronize if example_input.is_cuda else lambda: None
+
+    def synchronize() -> None:
+        if example_input.is_cuda:
+            torch.cuda.synchronize(example_input.device)
 
     def run() -> float:
         synchronize()
@@ -174,46 +181,24 @@ def _median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[max(0, int(n / 2 - half))], ordered[min(n - 1, int(n / 2 + half))]
 
 
-class _evaluating:
-    """Eval mode and inference mode; the training flags are restored."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = {module: module.training for module in model.modules()}
-        self._model = model
-        self._inference = torch.inference_mode()
-
-    def __enter__(self) -> None:
-        self._model.eval()
-        self._inference.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._inference.__exit__(*exc)
-        for module, mode in self._modes.items():
-            module.training = mode
+@contextmanager
+def _timing(threads: int, *models: nn.Module) -> Iterator[None]:
+    """Eval and inference mode with a number of torch threads; all of it is restored."""
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            yield
 
 
-class _timing(_evaluating):
-    """Also sets the number of torch threads."""
-
-    def __init__(self, model: nn.Module, threads: int) -> None:
-        super().__init__(model)
-        self._threads = threads
-        self._before = torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        torch.set_num_threads(self._threads)
-
-    def __exit__(self, *exc: Any) -> None:
-        torch.set_num_threads(self._before)
-        super().__exit__(*exc)
-
-
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the bytes of all storages that are made while it is active."""
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         known = [*model.parameters(), *model.buffers(), example_input]
         self._seen = {t.untyped_storage().data_ptr() for t in known}
         self._now = 0

@@ -61,7 +61,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Edit:
-    """One tensor dimension that follows a group: channel `root[i]` of the group is `local[i]` here.
+    """A tensor dimension that follows a group: the group's channel `root[i]` is `local[i]` here.
 
     Attributes:
         target: Module name, or the full name of a bare parameter.
@@ -325,8 +325,8 @@ def _trace_groups(
             )
     except (RuntimeError, IndexError, KeyError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(
-            f"the model must be traceable by autograd to prune channels: torch-pruning stopped with "
-            f"{type(error).__name__}: {error}. Search over blocks only (space.criteria: [])."
+            "the model must be traceable by autograd to prune channels: torch-pruning stopped "
+            f"with {type(error).__name__}: {error}. Search over blocks only (space.criteria: [])."
         ) from error
     names = {module: name for name, module in traced.named_modules()}
     names.update({parameter: name for name, parameter in traced.named_parameters()})

@@ -23,7 +23,6 @@ from .store import Store
 from .trial import TrialSpec, with_provenance
 
 SEED_SHARE = 0.4  # at most this share of the trials are seed candidates
-PROVENANCE = ("origin", "params", "sampler_attrs")
 COMPACT_EVERY = 256
 
 Listener = Callable[[TrialResult], None]
@@ -166,16 +165,14 @@ class Coordinator:
         self._listener(result)
 
     def _drop_artifacts(self, candidates: set[str]) -> None:
-        """Deletes the recipe and the weights of members that left the front."""
+        """Takes members that left the front off it, and deletes their recipe and weights."""
         for trial in candidates - {member.trial_id for member in self.front}:
             result = self.results[trial]
-            if result.status == TrialStatus.DUPLICATE:
-                continue  # its files are the first one's
             for path in (result.recipe, result.weights):
                 if path is not None:
                     (self._run_dir / path).unlink(missing_ok=True)
-            if result.recipe is not None or result.weights is not None:
-                result.recipe = result.weights = None
+            if result.on_front or result.recipe is not None or result.weights is not None:
+                result.on_front, result.recipe, result.weights = False, None, None
                 self.store.write_trial(result)
 
     def _update_front(self) -> None:
@@ -185,7 +182,7 @@ class Coordinator:
             self.store.write_front(self.front)
 
     def _restore(self, results: Sequence[TrialResult]) -> None:
-        for result in sorted(results, key=lambda r: r.finished_at or 0.0):
+        for result in sorted(results, key=lambda r: r.trial_id):
             proposal = _proposal(result)
             self.results[result.trial_id] = result
             self._sampler.restore(proposal, result)
@@ -194,8 +191,7 @@ class Coordinator:
 
 
 def _candidate_json(proposal: Proposal) -> str:
-    provenance = {name: getattr(proposal, name) for name in PROVENANCE}
-    return with_provenance(proposal.candidate, provenance)
+    return with_provenance(proposal.candidate, proposal.provenance())
 
 
 def _proposal(result: TrialResult) -> Proposal:
@@ -203,7 +199,9 @@ def _proposal(result: TrialResult) -> Proposal:
     return Proposal(
         number=int(result.trial_id[1:]),
         candidate=Candidate.from_mapping(data),
-        **{name: data[name] for name in PROVENANCE},
+        origin=data["origin"],
+        params=data["params"],
+        sampler_attrs=data["sampler_attrs"],
     )
 
 

@@ -41,7 +41,7 @@ def _hardware() -> tuple[bool, str]:
 
 
 def _package() -> tuple[bool, str]:
-    from .. import methods  # type: ignore[attr-defined]
+    from .. import methods
 
     return True, str(Path(methods.__file__ or "").parent)
 

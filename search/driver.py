@@ -241,8 +241,8 @@ def _slots(config: SearchConfig) -> int:
     slots = int(min(fits)) if fits else 1
     if slots < 1:
         raise ConfigError(
-            f"`resources` (cpu={config.resources.cpu}, gpu={config.resources.gpu}) must fit on the "
-            f"cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs. "
+            f"`resources` (cpu={config.resources.cpu}, gpu={config.resources.gpu}) must fit on "
+            f"the cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs. "
             "Lower resources.cpu or resources.gpu, or add nodes."
         )
     return slots

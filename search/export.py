@@ -74,7 +74,8 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
     keys = {"format", "model", "dropped_blocks", "attributes"}
     if not isinstance(recipe, dict) or not keys <= recipe.keys() or recipe["format"] != FORMAT:
         raise ValueError(
-            f"`{path}` must be an exported recipe of format {FORMAT} with {', '.join(sorted(keys))}. "
+            f"`{path}` must be an exported recipe of format {FORMAT} with "
+            f"{', '.join(sorted(keys))}. "
             "Export again with this version."
         )
     return recipe
@@ -108,7 +109,7 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
     apply(pruned, find_groups(config, dense, task.example_input(2)), recipe)
     weights = (run.folder / member.weights).read_bytes()
     pruned.load_state_dict(load_file(run.folder / member.weights))
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "model": {
             "name": config.model.name,

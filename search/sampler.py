@@ -8,13 +8,14 @@ undisturbed one would.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from .config import SearchConfig
 from .records import Candidate, TrialResult, TrialStatus, violations
@@ -34,6 +35,10 @@ class Proposal:
     candidate: Candidate
     sampler_attrs: dict[str, Any]
 
+    def provenance(self) -> dict[str, Any]:
+        """What the ledger keeps of a proposal beside its candidate."""
+        return {name: getattr(self, name) for name in ("origin", "params", "sampler_attrs")}
+
 
 class Sampler:
     """One Optuna study behind ask, tell and restore."""
@@ -48,7 +53,7 @@ class Sampler:
         self._seeds = list(seeds)
         self._open: dict[int, optuna.trial.Trial] = {}
         self._study = optuna.create_study(
-            directions=[str(direction) for direction in config.objectives.values()],
+            directions=list(config.objectives.values()),
             sampler=RandomSampler(seed=self._seed),
         )
         with warnings.catch_warnings():
@@ -57,10 +62,11 @@ class Sampler:
 
     def ask(self, number: int) -> Proposal:
         """Proposes trial `number`: a seed while there are some, then what the sampler likes."""
-        origin = self._name
-        if number < len(self._seeds):
-            origin = self._seeds[number].origin
-            self._study.enqueue_trial(self._seeds[number].params)
+        origin: str = self._name
+        if self._seeds:
+            seed = self._seeds.pop(0)
+            origin = seed.origin
+            self._study.enqueue_trial(seed.params)
         self._study.sampler = make_sampler(self._name, trial_seed(self._seed, number))
         trial = self._study.ask()
         params = self._space.suggest(trial)
@@ -81,7 +87,8 @@ class Sampler:
         self._study.tell(trial, values)
 
     def restore(self, proposal: Proposal, result: TrialResult) -> None:
-        """Adds a finished trial of an earlier session; call in the order of finishing."""
+        """Adds a finished trial of an earlier session; call in the order of the trials."""
+        self._seeds = [seed for seed in self._seeds if seed.params != proposal.params]
         values = self._values(result)
         trial = optuna.trial.create_trial(
             state=TrialState.FAIL if values is None else TrialState.COMPLETE,
@@ -112,6 +119,19 @@ def trial_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7_919 + 1) % (2**31 - 1)
 
 
+class _NSGAII(NSGAIISampler):
+    """Counts seeds into the first generation; parents always come in the order of the trials."""
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Optuna gives an enqueued trial no generation of its own accord."""
+        super().before_trial(study, trial)
+        self.get_trial_generation(study, trial)
+
+    def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        """Optuna returns the order of selection at first and that of the trials from its cache."""
+        return sorted(super().get_parent_population(study, generation), key=lambda t: t.number)
+
+
 def _tpe(seed: int) -> BaseSampler:
     return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=10)
 
@@ -120,18 +140,17 @@ def _gp(seed: int) -> BaseSampler:
     return GPSampler(seed=seed, independent_sampler=_tpe(seed), n_startup_trials=GP_STARTUP)
 
 
-SAMPLERS = {
+def _nsga2(seed: int) -> BaseSampler:
+    return _NSGAII(seed=seed, population_size=POPULATION)
+
+
+def _random(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": _tpe,
-    "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION),
+    "nsga2": _nsga2,
     "gp": _gp,
-    "random": lambda seed: RandomSampler(seed=seed),
+    "random": _random,
 }
-
-
-def proposal_json(proposal: Proposal) -> Mapping[str, Any]:
-    """What the ledger keeps of a proposal beside its candidate."""
-    return {
-        "origin": proposal.origin,
-        "params": proposal.params,
-        "sampler_attrs": proposal.sampler_attrs,
-    }

@@ -32,7 +32,7 @@ from ..methods.models.build import build_model, default_image_size, input_channe
 from ..methods.surgery import PruningPlan, plan_pruning
 from ..methods.tasks.classification import ClassificationTask
 from .config import ConfigError, SearchConfig
-from .space import Space
+from .space import Space, max_blocks
 from .store import atomic_write_bytes, read_json, write_json
 
 Say = Callable[[str], None]
@@ -242,6 +242,7 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
             problem.blocks,
             order=config.space.blocks.order,
             seed=config.search.seed,
+            max_drop=max_blocks(config.space.blocks, len(problem.blocks)),
         )
         order = ranking.order
         write_json(path, dataclasses.asdict(ranking))
@@ -274,11 +275,10 @@ def pack_images(data: ImageData) -> dict[str, Any]:
 
 def unpack_images(packed: Mapping[str, Any]) -> ImageData:
     """Inverse of `pack_images`; the tensors share the arrays' memory."""
-    splits = {
-        name: Split(_shared(images), _shared(labels))
-        for name, (images, labels) in packed["splits"].items()
-    }
-    return ImageData(**splits, **packed["fields"])
+    fields = dict(packed["fields"])
+    for name, (images, labels) in packed["splits"].items():
+        fields[name] = Split(_shared(images), _shared(labels))
+    return ImageData(**fields)
 
 
 def load_state(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

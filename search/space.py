@@ -22,7 +22,7 @@ from optuna.trial import Trial
 
 from ..methods.select import num_kept
 from ..methods.surgery import ChannelGroup, PruningPlan
-from .config import SpaceConfig
+from .config import BlocksConfig, SpaceConfig
 from .records import Candidate
 
 Params = dict[str, Any]
@@ -60,9 +60,7 @@ class Space:
     @property
     def max_blocks(self) -> int:
         """How many blocks a candidate may drop."""
-        if self.config.blocks.mode == "none":
-            return 0
-        return math.floor(self.config.blocks.max_drop * len(self.block_order) + 1e-9)
+        return max_blocks(self.config.blocks, len(self.block_order))
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -113,7 +111,7 @@ class Space:
             return Candidate(dropped_blocks=dropped)
         criterion, rule = str(params[CRITERION]), str(params[SELECT])
         if rule == "cumulative":
-            k = round(float(params[TOP_K]), K_DECIMALS)
+            k = max(round(float(params[TOP_K]), K_DECIMALS), 10.0**-K_DECIMALS)
             return Candidate(criterion, dropped, rule, k=k)
         keep = {}
         for group in self.plan.alive(dropped):
@@ -218,6 +216,13 @@ class Space:
         except ValueError:
             return False
         return True
+
+
+def max_blocks(config: BlocksConfig, num_removable: int) -> int:
+    """How many of the removable blocks a candidate may drop."""
+    if config.mode == "none":
+        return 0
+    return math.floor(config.max_drop * num_removable + 1e-9)
 
 
 def kept_channels(group: ChannelGroup, keep: float, round_to: int) -> int:

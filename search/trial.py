@@ -142,22 +142,24 @@ def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     with _clock(result, "finetune_s"):
         if recover.recalibrate_bn:
             recalibrate_batch_norm(model, task, generator=generator)
-        result.accuracy_before_finetune = task.evaluate(model, "val")["accuracy"]
+        metrics = task.evaluate(model, "val")
+        result.accuracy_before_finetune = metrics["accuracy"]
     with _clock(result, "measure_s"):
         _measure(model, recipe, context, result)
-    with _clock(result, "finetune_s"):
-        finetune(
-            model,
-            task,
-            epochs=recover.epochs,
-            lr=recover.lr,
-            generator=generator,
-            augment=context.config.data.augment,
-            teacher=context.dense if recover.distill > 0 else None,
-            distill=recover.distill,
-        )
-        metrics = task.evaluate(model, "val") if recover.epochs > 0 else None
-    _report(result, metrics or task.evaluate(model, "val"), context)
+    if recover.epochs > 0:
+        with _clock(result, "finetune_s"):
+            finetune(
+                model,
+                task,
+                epochs=recover.epochs,
+                lr=recover.lr,
+                generator=generator,
+                augment=context.config.data.augment,
+                teacher=context.dense if recover.distill > 0 else None,
+                distill=recover.distill,
+            )
+            metrics = task.evaluate(model, "val")
+    _report(result, metrics, context)
     result.epochs = recover.epochs
     result.fidelity = FULL_FIDELITY
     outcome.recipe = recipe

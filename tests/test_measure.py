@@ -130,19 +130,22 @@ def test_a_smaller_model_is_faster_and_the_order_of_the_arguments_is_right():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_timing_restores_threads_and_modes(resnet, threads):
-    model = copy.deepcopy(resnet).train()
-    model.layer2.eval()
+def test_timing_restores_threads_and_modes(threads):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
+    model[1].eval()
     modes, before = [m.training for m in model.modules()], torch.get_num_threads()
-    images = torch.randn(2, 3, 8, 8)
+    images = torch.randn(2, 3, 4, 4)
     seen = []
-    handle = model.register_forward_pre_hook(
-        lambda m, a: seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled(), m.training))
-    )
+
+    def look(module, args):
+        inference = torch.is_inference_mode_enabled()
+        seen.append((torch.get_num_threads(), inference, module.training, module[2].training))
+
+    handle = model.register_forward_pre_hook(look)
     reference = reference_latency_ms(model, images, threads=threads, runs=4)
     paired_latency(model, model, images, reference_ms=1.0, threads=threads, runs=4)
     handle.remove()
-    assert reference > 0 and set(seen) == {(threads, True, False)}
+    assert reference > 0 and set(seen) == {(threads, True, False, False)}
     assert torch.get_num_threads() == before
     assert [m.training for m in model.modules()] == modes
     assert not torch.is_inference_mode_enabled()

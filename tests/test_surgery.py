@@ -1,4 +1,4 @@
-"""Surgery is exact: pruned equals dense with the removed channels masked, and replays bit-equal."""
+"""Surgery is exact: pruned equals dense with the removed channels masked; replay is bit-equal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.models.resnet_cifar import ZeroPadShortcut
 from prunesearch.methods.shapes import changed_attributes, rebuild
@@ -20,7 +22,6 @@ from prunesearch.methods.surgery import (
     layer_widths,
     plan_pruning,
 )
-from torch import Tensor, nn
 
 ZOO: list[tuple[str, dict[str, Any], int]] = [
     ("resnet20", {"shortcut": "A"}, 32),

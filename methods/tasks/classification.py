@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from ..data.image_data import ImageData, Split
 from ..data.split import stratified_subset
+from ..trace import evaluating
 
 SplitName = Literal["train", "val", "test", "calibration"]
 
@@ -221,15 +221,3 @@ def crop_and_flip(
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
     batch = torch.arange(count, device=device).view(-1, 1, 1)
     return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode, and every module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,0 +1,93 @@
+"""Runs a model once and records which module was called when, with what shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """What a trace saw of one module.
+
+    Attributes:
+        start: Position of the first call among all starts and ends of calls.
+        end: Position of the end of the last call.
+        count: How often the module was called.
+        single: Whether every call took one positional argument, a tensor, and returned a tensor.
+        returns_tensor: Whether every call returned a tensor.
+        input: Shape of the last input, if `single`.
+        output: Shape of the last output, if `returns_tensor`.
+    """
+
+    start: int
+    end: int = -1
+    count: int = 0
+    single: bool = True
+    returns_tensor: bool = True
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`evaluating` without gradients, on tensors that autograd may still use afterwards."""
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def trace_calls(model: nn.Module, example_input: Tensor) -> dict[str, Call]:
+    """Runs the model once and records the calls of its modules.
+
+    Args:
+        model: In eval mode.
+        example_input: Images, [B, C, H, W].
+
+    Returns:
+        Module name -> what was seen, in the order of the first calls. A module that is registered
+        under several names has the first of them.
+    """
+    calls: dict[str, Call] = {}
+    clock = count()
+
+    def watch(name: str, module: nn.Module) -> Iterator[Any]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = calls.setdefault(name, Call(next(clock)))
+            call.count += 1
+            call.single &= len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            call.input = tuple(args[0].shape) if call.single else ()
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            call = calls[name]
+            call.end = next(clock)
+            call.returns_tensor &= isinstance(output, Tensor)
+            call.single &= call.returns_tensor
+            call.output = tuple(output.shape) if call.returns_tensor else ()
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            for handle in watch(name, module):
+                stack.callback(handle.remove)
+        model(example_input)
+    return calls

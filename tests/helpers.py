@@ -1,0 +1,44 @@
+"""A small real search, used by several test files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PRUNE_SEARCH = [sys.executable, "-m", "prunesearch.search.cli"]
+
+SMALL = """\
+name: small
+model: {name: resnet20}
+data: {name: digits, image_size: 8, batch_size: 64, limit: 600, calibration_size: 64}
+baseline: {epochs: 3, lr: 0.1}
+space:
+  criteria: [magnitude_l1, random]
+  blocks: {mode: mask, order: oneshot, max_drop: 1.0}
+  keep: {per: model, low: 0.3, high: 1.0}
+recover: {epochs: 0.5, lr: 0.02}
+objectives: {accuracy: maximize, macs: minimize}
+search: {sampler: tpe, trials: 6, seed: 0}
+resources: {max_concurrent: 1}
+latency: {runs: 20}
+"""
+
+
+def write_config(folder: Path, text: str = SMALL) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def command(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [*PRUNE_SEARCH, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"NO_COLOR": "1"},
+    )

@@ -1,0 +1,173 @@
+"""Wrong input ends with exit code 2 and one message, before Ray starts and without a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SMALL, write_config
+from safetensors.torch import save_file
+from torch import nn
+
+from prunesearch.search import cli
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Invoke:
+    def no_ray(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        from prunesearch.search import driver
+
+        monkeypatch.setattr(driver, "connect", no_ray)
+        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, captured.out, captured.err
+
+    return run
+
+
+class Tiny(nn.Module):
+    """No block, and its only layer makes the output."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 64, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+def two_outputs() -> nn.Module:
+    return Tiny(num_classes=2)
+
+
+WRONG = {
+    "unknown key": (["space.kep.low=0.5"], ["space.kep", "keep"]),
+    "unknown model": (["model.name=resnet21"], ["model.name", "resnet21", "resnet20"]),
+    "unknown torchvision model": (["model.name=torchvision:resnet19"], ["resnet19", "resnet18"]),
+    "unknown module": (["model.name=nowhere:make"], ["model.name", "nowhere"]),
+    "unknown criterion": (["space.criteria=[magnitude_l3]"], ["magnitude_l3", "magnitude_l1"]),
+    "unknown option": (["space.criteria=[{fgp: {clas_agg: sum}}]"], ["clas_agg", "class_agg"]),
+    "unknown objective": (["objectives={acuracy: maximize}"], ["acuracy", "accuracy"]),
+    "wrong direction": (["objectives={accuracy: minimize}"], ["accuracy", "maximize"]),
+    "unknown data": (["data.name=digit"], ["data.name", "digit", "digits"]),
+    "wrong type": (["search.trials=many"], ["search.trials", "many"]),
+    "contradictory range": (["space.keep.low=0.9", "space.keep.high=0.5"], ["keep.low", "high"]),
+    "missing data folder": (
+        ["data.name=image_folder", "data.root=/nowhere/at/all"],
+        ["data.root", "/nowhere/at/all"],
+    ),
+    "missing checkpoint": (["model.checkpoint=none.safetensors"], ["checkpoint", "none.safet"]),
+    "nothing prunable": (["model.name=test_cli:Tiny"], ["model.name", "prune"]),
+    "wrong outputs": (["model.name=test_cli:two_outputs"], ["model.name", "logits", "10"]),
+    "GPU that is not there": (["resources.gpu=1"], ["resources.gpu", "no GPU"]),
+    "wrong constraint": (["constraints=['speed < 1']"], ["constraints", "speed"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_config_exits_2_with_one_message(name: str, invoke: Invoke, tmp_path: Path) -> None:
+    overrides, pieces = WRONG[name]
+    if name.startswith("GPU") and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    sets = [arg for override in overrides for arg in ("--set", override)]
+    code, _, err = invoke("run", write_config(tmp_path), "--out", tmp_path / "out", *sets)
+    assert code == 2, err
+    assert "Traceback" not in err
+    for piece in pieces:
+        assert piece in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_shape(invoke: Invoke, tmp_path: Path) -> None:
+    save_file(Tiny().state_dict(), tmp_path / "tiny.safetensors")
+    code, _, err = invoke(
+        "run", write_config(tmp_path), "--out", tmp_path / "out",
+        "--set", f"model.checkpoint={tmp_path / 'tiny.safetensors'}",
+    )  # fmt: skip
+    assert code == 2
+    assert "model.checkpoint" in err or "checkpoint" in err
+    assert "fc.weight" in err
+
+
+def test_missing_config_file(invoke: Invoke) -> None:
+    code, _, err = invoke("run", "nowhere.yaml")
+    assert code == 2
+    assert "nowhere.yaml" in err
+
+
+def test_existing_run_folder_is_refused_with_the_ways_on(invoke: Invoke, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text(SMALL)
+    code, _, err = invoke("run", write_config(tmp_path), "--out", out)
+    assert code == 2
+    assert "resume" in err and "extend" in err and "--out" in err
+
+
+def test_unwritable_output(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = invoke("run", write_config(tmp_path), "--out", tmp_path / "file" / "out")
+    assert code == 2
+    assert "--out" in err
+
+
+@pytest.mark.parametrize("command", ["status", "front", "resume"])
+def test_no_run_folder(command: str, invoke: Invoke, tmp_path: Path) -> None:
+    code, _, err = invoke(command, tmp_path / "nothing")
+    assert code == 2
+    assert "RUN_DIR" in err and "prune-search list" in err
+
+
+def test_dry_run_and_check_start_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    code, out, _ = invoke("run", config, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert sum(block["removable"] for block in report["blocks"]) == 6
+    assert all(block["removable"] or block["reason"] for block in report["blocks"])
+    assert not (tmp_path / "out").exists()
+    code, out, _ = invoke("check", config)
+    assert code == 0
+    assert "layer3.2" in out and "not prunable: fc" in out
+
+
+def test_user_model_from_the_current_folder(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "my_model.py").write_text(
+        "from prunesearch.methods.models.resnet_cifar import resnet20\n"
+        "def make(num_classes):\n    return resnet20(num_classes=num_classes)\n"
+    )
+    code, out, err = invoke(
+        "check", write_config(tmp_path), "--set", "model.name=my_model:make", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["num_params"] == 272_474
+
+
+@pytest.mark.parametrize("command", ["methods", "models", "datasets"])
+def test_names_are_listed(command: str, invoke: Invoke) -> None:
+    from prunesearch.methods.criteria import CRITERIA
+    from prunesearch.methods.data import DATASETS
+    from prunesearch.methods.models import MODELS
+
+    names = {"methods": CRITERIA, "models": MODELS, "datasets": DATASETS}[command]
+    code, out, _ = invoke(command, "--json")
+    assert code == 0
+    listed = {name for group in json.loads(out).values() for name in group}
+    assert set(names) <= listed
+    assert all(line for group in json.loads(out).values() for line in group.values())

@@ -1,0 +1,165 @@
+"""Ask and tell: repeatable by seed and history, and restored as if nothing had happened."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from prunesearch.methods.models.build import build_model
+from prunesearch.methods.surgery import PruningPlan, plan_pruning
+from prunesearch.search import sampler as module
+from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.records import TrialResult, TrialStatus
+from prunesearch.search.sampler import Proposal, Sampler, trial_seed
+from prunesearch.search.space import Space
+
+SAMPLERS = ["tpe", "nsga2", "gp", "random"]
+ORDER = ("layer2.1", "layer1.2", "layer3.1", "layer1.1")
+
+
+@pytest.fixture(scope="module")
+def plan() -> PruningPlan:
+    return plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
+
+
+@pytest.fixture
+def small_phases(monkeypatch):
+    """Start-up phases and populations so small that a few trials reach the real samplers."""
+    monkeypatch.setattr(module, "POPULATION", 6)
+    monkeypatch.setattr(module, "GP_STARTUP", 4)
+
+
+def config(sampler: str, **changes: Any) -> SearchConfig:
+    data: dict[str, Any] = {"model": {"name": "resnet20"}, "data": {"name": "digits"}}
+    data["search"] = {"sampler": sampler, "seed": 3, "trials": 60}
+    data["constraints"] = ["accuracy_drop <= 0.3"]
+    return parse_config(data | changes)
+
+
+def new(plan: PruningPlan, sampler: str, num_seeds: int = 3, **changes: Any) -> Sampler:
+    settings = config(sampler, **changes)
+    space = Space(settings.space, plan, ORDER)
+    return Sampler(space, settings, space.seeds(num_seeds))
+
+
+def outcome(proposal: Proposal) -> TrialResult:
+    """A made-up but fixed result: a failure, an infeasible trial or a completed one."""
+    number, candidate = proposal.number, proposal.candidate
+    row = TrialResult(f"t{number}", TrialStatus.COMPLETED, finished_at=float(number))
+    if number % 7 == 5:
+        return dataclasses.replace(row, status=TrialStatus.FAILED, message="broke")
+    keep = [fraction for _, fraction in candidate.keep] or [candidate.k or 1.0]
+    size = sum(keep) / len(keep) * (1 - 0.1 * len(candidate.dropped_blocks))
+    row.accuracy, row.latency_ms, row.accuracy_drop = math.sqrt(size), size, 1 - math.sqrt(size)
+    if row.accuracy_drop > 0.3:
+        row.status = TrialStatus.INFEASIBLE
+    return row
+
+
+def study(sampler: Sampler, numbers: range) -> list[tuple[Proposal, TrialResult]]:
+    history = []
+    for number in numbers:
+        proposal = sampler.ask(number)
+        result = outcome(proposal)
+        sampler.tell(number, result)
+        history.append((proposal, result))
+    return history
+
+
+def stored(proposal: Proposal) -> Proposal:
+    """The proposal as it comes back from the ledger's JSON."""
+    return dataclasses.replace(proposal, **json.loads(json.dumps(proposal.provenance())))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_seed_and_history_give_the_same_proposals(plan, name, small_phases):
+    count = 6 if name == "gp" else 16
+    first, second = (study(new(plan, name), range(count)) for _ in range(2))
+    assert [p for p, _ in first] == [p for p, _ in second]
+    assert len({p.candidate for p, _ in first}) > count // 2
+    other = new(plan, name, search={"sampler": name, "seed": 4, "trials": 60})
+    assert [p.params for p, _ in study(other, range(4))[3:]] != [first[3][0].params]
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("cut", [2, 13])
+def test_a_restored_study_continues_as_an_undisturbed_one(plan, name, cut, small_phases):
+    undisturbed = study(new(plan, name), range(24))
+    restored = new(plan, name)
+    for proposal, result in undisturbed[:cut]:
+        restored.restore(stored(proposal), result)
+    assert study(restored, range(cut, 24)) == undisturbed[cut:]
+
+
+def test_nsga2_counts_every_trial_into_a_generation_seeds_too(plan, small_phases):
+    history = study(new(plan, "nsga2"), range(20))
+    generations = [g for p, _ in history for g in p.sampler_attrs.values()]
+    assert len(generations) == len(history) and generations == sorted(generations)
+    assert generations[2] == 0 and generations[-1] >= 2
+
+
+def test_what_was_told_matters(plan):
+    """Different results make different proposals: the sampler does learn."""
+    first, second = new(plan, "tpe"), new(plan, "tpe")
+    study(first, range(14))
+    for number in range(14):
+        result = outcome(second.ask(number))
+        if result.accuracy is not None:
+            result.accuracy = result.latency_ms = 1 - result.accuracy
+        second.tell(number, result)
+    assert first.ask(14).params != second.ask(14).params
+
+
+def test_seeds_come_first_and_are_taken_exactly(plan):
+    sampler = new(plan, "random")
+    seeds = sampler._space.seeds(3)
+    proposals = [sampler.ask(number) for number in range(5)]
+    assert [p.origin for p in proposals] == [*(s.origin for s in seeds), "random", "random"]
+    assert [p.params for p in proposals[:3]] == [s.params for s in seeds]
+    assert [p.number for p in proposals] == list(range(5))
+
+
+def test_an_open_trial_of_another_worker_does_not_stop_asking(plan, small_phases):
+    for name in SAMPLERS:
+        sampler = new(plan, name, num_seeds=1)
+        proposals = {number: sampler.ask(number) for number in range(4)}
+        for number in (2, 0, 3, 1):
+            sampler.tell(number, outcome(proposals[number]))
+        assert sampler.ask(4).number == 4
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_constraints_and_failures_are_told(plan, name, small_phases):
+    """Told live or restored, the study knows the state, the values and the violations."""
+    live, restored = new(plan, name), new(plan, name)
+    history = study(live, range(6))
+    for proposal, result in history:
+        restored.restore(stored(proposal), result)
+    assert {r.status for _, r in history} >= {TrialStatus.FAILED, TrialStatus.COMPLETED}
+    for sampler in (live, restored):
+        trials = sampler._study.get_trials(deepcopy=False)
+        for trial, (_, result) in zip(trials, history, strict=True):
+            if result.status == TrialStatus.FAILED:
+                assert trial.state == TrialState.FAIL and trial.values is None
+                continue
+            assert trial.state == TrialState.COMPLETE
+            assert trial.values == [result.accuracy, result.latency_ms]
+            assert trial.constraints == {"accuracy_drop <= 0.3": result.accuracy_drop - 0.3}
+
+
+def test_a_trial_without_an_objective_counts_as_failed(plan):
+    sampler = new(plan, "tpe")
+    result = outcome(sampler.ask(0))
+    result.latency_ms = None
+    sampler.tell(0, result)
+    assert sampler._study.trials[0].state == TrialState.FAIL
+
+
+def test_every_trial_has_a_seed_of_its_own():
+    seeds = {trial_seed(seed, number) for seed in range(20) for number in range(200)}
+    assert len(seeds) == 4000 and all(0 <= seed < 2**31 for seed in seeds)
+    assert trial_seed(2**32 - 1, 10**5) < 2**31

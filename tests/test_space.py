@@ -1,0 +1,229 @@
+"""The space: conditional dimensions, canonical candidates, seeds inside the bounds."""
+
+import itertools
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from prunesearch.methods.models.build import build_model
+from prunesearch.methods.surgery import PruningPlan, plan_pruning
+from prunesearch.search.config import SpaceConfig, parse_config
+from prunesearch.search.records import Candidate
+from prunesearch.search.space import Space, effective_widths, kept_channels
+
+ORDER = ("layer2.1", "layer1.2", "layer3.1", "layer1.1", "layer3.2", "layer2.2")
+STAGES = ("keep:stage1", "keep:stage2", "keep:stage3")
+
+
+@pytest.fixture(scope="module")
+def plan() -> PruningPlan:
+    return plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
+
+
+def config(**space: Any) -> SpaceConfig:
+    data = {"model": {"name": "resnet20"}, "data": {"name": "digits"}, "space": space}
+    return parse_config(data).space
+
+
+@pytest.fixture
+def make(plan):
+    def space(**options: Any) -> Space:
+        return Space(config(**options), plan, ORDER)
+
+    return space
+
+
+def samples(space: Space, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    found = []
+    for _ in range(count):
+        trial = study.ask()
+        found.append(space.suggest(trial))
+        study.tell(trial, 0.0)
+    return found
+
+
+def ratio(keep: float = 0.5, dropped: tuple[str, ...] = (), **other: Any) -> dict[str, Any]:
+    blocks = {f"drop:{block}": block in dropped for block in ORDER}
+    return blocks | {"criterion": "fgp", "select": "ratio"} | dict.fromkeys(STAGES, keep) | other
+
+
+# --- dimensions ------------------------------------------------------------------------------
+
+
+def test_keep_exists_only_under_ratio_and_top_k_only_under_cumulative(make):
+    rules = set()
+    for params in samples(make(), 30):
+        rules.add(params["select"])
+        channels = {name for name in params if not name.startswith("drop:")}
+        extra = set(STAGES) if params["select"] == "ratio" else {"top_k"}
+        assert channels == {"criterion", "select"} | extra
+        assert sum(name.startswith("drop:") for name in params) == len(ORDER)
+    assert rules == {"ratio", "cumulative"}
+
+
+@pytest.mark.parametrize(("per", "count"), [("model", 1), ("stage", 3), ("group", 12)])
+def test_keep_is_shared_by_model_stage_or_group(make, per, count):
+    space = make(keep={"per": per}, select=["ratio"])
+    (params,) = samples(space, 1)
+    assert sum(name.startswith("keep") for name in params) == count
+
+
+def test_distributions_are_those_that_apply_and_refuse_what_is_outside(make):
+    space = make(keep={"low": 0.4, "high": 0.9})
+    found = space.distributions(ratio(0.5))
+    assert found["keep:stage2"] == FloatDistribution(0.4, 0.9)
+    assert found["drop:layer2.1"] == CategoricalDistribution((False, True))
+    assert "top_k" not in found
+    with pytest.raises(ValueError, match=r"`keep:stage1` \(=0.95\) must lie in"):
+        space.distributions(ratio(0.95))
+    with pytest.raises(KeyError, match="top_k"):
+        space.distributions(ratio() | {"select": "cumulative"})
+    for params in samples(space, 10):
+        assert space.distributions(params).keys() == params.keys()
+
+
+def test_without_criteria_or_groups_no_channel_dimension_exists(make, plan):
+    for space in (make(criteria=[]), Space(config(), PruningPlan((), {}), ORDER)):
+        (params,) = samples(space, 1)
+        assert params.keys() == {f"drop:{block}" for block in ORDER}
+        assert space.candidate(params).criterion is None
+        assert "channel" not in space.size_hint
+
+
+# --- blocks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_drop", "most"), [(0, 0), (0.34, 2), (0.5, 3), (1, 6)])
+def test_a_mask_over_the_limit_drops_the_best_ranked_blocks(make, max_drop, most):
+    space = make(blocks={"max_drop": max_drop})
+    assert space.max_blocks == most
+    everything = space.candidate(ratio(dropped=ORDER))
+    assert everything.dropped_blocks == tuple(sorted(ORDER[:most]))
+    some = space.candidate(ratio(dropped=ORDER[3:5]))
+    assert some.dropped_blocks == tuple(sorted(ORDER[3:5][:most]))
+
+
+def test_a_limit_that_is_a_whole_number_of_blocks_is_not_lost_to_rounding(plan):
+    order = tuple(f"b{i}" for i in range(10))
+    spaces = [Space(config(blocks={"max_drop": n / 10}), plan, order) for n in range(11)]
+    assert [space.max_blocks for space in spaces] == list(range(11))
+
+
+def test_ranked_mode_drops_a_prefix_of_the_order(make):
+    space = make(blocks={"mode": "ranked"})
+    params = {k: v for k, v in ratio().items() if not k.startswith("drop:")} | {"num_blocks": 2}
+    assert space.distributions(params)["num_blocks"] == IntDistribution(0, 3)
+    assert space.candidate(params).dropped_blocks == tuple(sorted(ORDER[:2]))
+    found = {len(space.candidate(p).dropped_blocks) for p in samples(space, 30)}
+    assert found == {0, 1, 2, 3}
+
+
+def test_mode_none_drops_nothing(make):
+    space = make(blocks={"mode": "none"})
+    assert all(not space.candidate(p).dropped_blocks for p in samples(space, 5))
+    assert "block" not in space.size_hint
+
+
+# --- canonical candidates --------------------------------------------------------------------
+
+
+def test_equal_widths_are_equal_candidates(make):
+    space = make()
+    near, same, other = (space.candidate(ratio(keep)) for keep in (0.5, 0.4999, 0.4))
+    assert near == same and near.key == same.key
+    assert other != near and other.key != near.key
+    assert dict(near.keep)["layer3.0.conv1"] == 0.5 and dict(near.keep)["conv1"] == 0.5
+
+
+def test_a_group_inside_a_dropped_block_does_not_count(make):
+    space = make(keep={"per": "group"})
+    base = {k: v for k, v in ratio(dropped=("layer2.1",)).items() if k not in STAGES}
+    base |= {f"keep:{group.name}": 0.5 for group in space.plan.groups}
+    one = space.candidate(base)
+    two = space.candidate(base | {"keep:layer2.1.conv1": 0.9})
+    assert one == two and "layer2.1.conv1" not in dict(one.keep)
+    assert space.candidate(base | {"keep:layer2.2.conv1": 0.9}) != one
+
+
+def test_everything_kept_has_no_criterion(make):
+    space = make()
+    assert space.candidate(ratio(1.0)) == Candidate()
+    assert space.candidate(ratio(0.999, dropped=("layer1.1",))) == Candidate(
+        dropped_blocks=("layer1.1",)
+    )
+
+
+def test_the_keep_fractions_are_those_of_whole_channels_and_are_a_fixed_point(make):
+    space = make(keep={"per": "group", "round_to": 8})
+    for params in samples(space, 20):
+        candidate = space.candidate(params)
+        if candidate.select != "ratio":
+            continue
+        for name, keep in candidate.keep:
+            group = space.plan[name]
+            assert keep * group.num_channels % 8 == 0
+            assert kept_channels(group, keep, 8) == keep * group.num_channels
+        again = params | {f"keep:{name}": keep for name, keep in candidate.keep}
+        assert space.candidate(again) == candidate
+    assert effective_widths(space.plan.groups, 0.3, 8)["layer3.0.conv1"] == 24
+
+
+def test_cumulative_candidates_hold_k_alone(make):
+    params = ratio() | {"select": "cumulative", "top_k": 0.123456}
+    candidate = make().candidate({k: v for k, v in params.items() if k not in STAGES})
+    assert candidate == Candidate("fgp", (), "cumulative", k=0.123)
+
+
+def test_a_candidate_survives_json_and_its_key_is_its_content(make):
+    import json
+
+    for params in samples(make(), 10):
+        candidate = make().candidate(params)
+        back = Candidate.from_mapping(json.loads(candidate.to_json()) | {"origin": "tpe"})
+        assert back == candidate and back.key == candidate.key
+
+
+# --- seeds -----------------------------------------------------------------------------------
+
+
+def test_seeds_are_dense_then_the_ladders_and_the_ranked_path_in_turn(make):
+    space = make(criteria=["fgp", "taylor"], keep={"low": 0.3})
+    seeds = space.seeds(100)
+    assert [s.origin for s in seeds[:4]] == [
+        "seed: dense", "seed: uniform fgp", "seed: uniform taylor", "seed: ranked blocks",
+    ]  # fmt: skip
+    candidates = [space.candidate(seed.params) for seed in seeds]
+    assert candidates[0] == Candidate()
+    assert len(candidates) == 1 + 2 * 5 + 3 and len(set(candidates)) == len(candidates)
+    path = [c.dropped_blocks for c in candidates if c.dropped_blocks]
+    assert path == [tuple(sorted(ORDER[:n])) for n in (1, 2, 3)]
+    ladder = [dict(c.keep)["layer3.0.conv1"] for c in candidates if c.criterion == "fgp"]
+    assert ladder == [58 / 64, 48 / 64, 39 / 64, 29 / 64, 20 / 64]
+    assert space.seeds(3) == seeds[:3] and space.seeds(0) == []
+
+
+@pytest.mark.parametrize("mode", ["mask", "ranked", "none"])
+@pytest.mark.parametrize("per", ["model", "stage", "group"])
+def test_every_seed_lies_within_the_bounds(make, mode, per):
+    for low, high, rule in itertools.product((0.1, 0.5), (0.8, 1.0), (["ratio"], ["cumulative"])):
+        space = make(
+            blocks={"mode": mode}, keep={"per": per, "low": low, "high": high}, select=rule
+        )
+        for seed in space.seeds(50):
+            space.distributions(seed.params)
+            assert all(low <= v <= high for k, v in seed.params.items() if k.startswith("keep"))
+
+
+def test_coarse_widths_make_no_duplicate_seeds(make):
+    space = make(keep={"round_to": 16})
+    candidates = [space.candidate(seed.params) for seed in space.seeds(100)]
+    assert len(set(candidates)) == len(candidates)
+
+
+def test_a_space_of_blocks_alone_has_seeds_too(make):
+    seeds = make(criteria=[]).seeds(10)
+    assert [seed.origin for seed in seeds] == ["seed: dense", *["seed: ranked blocks"] * 3]
