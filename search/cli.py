@@ -261,6 +261,20 @@ def bench_blocks_command(
         out.print_json(json.dumps(result))
 
 
+@bench.command("controls")
+def bench_controls_command(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the runs.")],
+    set_: Overrides = None,
+) -> None:
+    """Compare a search with uniform and random pruning at the same budget."""
+    search = _load(config, set_ or [])
+    from .controls import bench_controls
+    from .progress import Progress
+
+    out.print(bench_controls(search, out_dir, Progress(err)), markup=False, highlight=False)
+
+
 # --- helpers ---------------------------------------------------------------------------------
 
 

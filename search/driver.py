@@ -231,27 +231,43 @@ def _death_message(trial: Any) -> str:
 
 
 def _slots(config: SearchConfig) -> int:
-    """How many trials fit on the cluster at once."""
+    """How many trials fit on the cluster at once, beside the probe."""
     have = ray.cluster_resources()
+    probe = _probe_resources(config)
     fits = [
-        have.get(name, 0) / need
-        for name, need in (("CPU", config.resources.cpu), ("GPU", config.resources.gpu))
+        (have.get(name, 0) - probe[option]) / need
+        for name, option, need in (
+            ("CPU", "num_cpus", config.resources.cpu),
+            ("GPU", "num_gpus", config.resources.gpu),
+        )
         if need > 0
     ]
-    slots = int(min(fits)) if fits else 1
+    slots = int(min(fits) + 1e-9) if fits else 1
     if slots < 1:
         raise ConfigError(
             f"`resources` (cpu={config.resources.cpu}, gpu={config.resources.gpu}) must fit on "
-            f"the cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs. "
-            "Lower resources.cpu or resources.gpu, or add nodes."
+            f"the cluster beside the latency probe: it has {have.get('CPU', 0):g} CPUs and "
+            f"{have.get('GPU', 0):g} GPUs. Lower resources.cpu or resources.gpu, or add nodes."
         )
     return slots
 
 
 def _probe_resources(config: SearchConfig) -> dict[str, Any]:
-    """The probe's own node if one is named so; else any node with the device it needs."""
-    gpu = 1 if config.latency.device.startswith("cuda") else 0
-    if PROBE in ray.cluster_resources():
+    """The probe's own node if one is named so; else any node with the device it needs.
+
+    A GPU is the probe's alone where there is one to spare, and shared with trials where not.
+    """
+    have = ray.cluster_resources()
+    gpu = 0.0
+    if config.latency.device.startswith("cuda"):
+        gpu = min(1.0, round(have.get("GPU", 0) - config.resources.gpu, 4))
+        if gpu <= 0:
+            raise ConfigError(
+                f"`latency.device` (={config.latency.device}) must have a share of a GPU: the "
+                f"cluster has {have.get('GPU', 0):g} and a trial takes {config.resources.gpu:g}. "
+                "Set resources.gpu: 0.5, or latency.device: cpu."
+            )
+    if PROBE in have:
         return {"num_cpus": 0, "num_gpus": gpu, "resources": {PROBE: 1}}
     return {"num_cpus": 0 if gpu else config.latency.threads, "num_gpus": gpu}
 
@@ -344,7 +360,7 @@ class _LatencyProbe:
         parts = ray.cloudpickle.loads(sealed_parts)
         self._config: SearchConfig = parts["config"]
         torch.set_num_threads(self._config.latency.threads)
-        self._device = torch.device(self._config.latency.device)
+        self._device = torch.device(self._config.latency.device.split(":")[0])
         task = make_task(self._config, unpack_images(ray.get(parts["images"])), "cpu")
         dense = make_model(self._config, task.num_classes, trained=False)
         load_state(dense, ray.get(parts["state"]))

@@ -71,9 +71,39 @@ def plot_front(
     Raises:
         ConfigError: If a metric or the format is unknown.
     """
-    path = Path(path)
     _check("x", x, METRICS)
     _check("y", y, METRICS)
+    return _save(
+        Path(path), x, y, title, lambda axes: _draw(axes, results, baseline, x, y), columns=3
+    )
+
+
+def plot_runs(
+    fronts: Mapping[str, Sequence[TrialResult]], path: str | Path, *, title: str = ""
+) -> Path:
+    """Draw the fronts of several runs over each other: accuracy against speedup over dense.
+
+    Args:
+        fronts: Label -> front members, sorted along the front.
+        path: Where to; the ending says the format: png, svg or pdf.
+        title: Text above the picture.
+    """
+    looks = zip((_BLUE, _GREEN, _ORANGE, _VERMILLION), "os^D", strict=True)
+
+    def draw(axes: Axes) -> None:
+        for (label, members), (color, marker) in zip(fronts.items(), looks, strict=False):
+            xs = [_scaled("speedup")(r) for r in members]
+            ys = [_scaled("accuracy")(r) for r in members]
+            style: Style = {"marker": marker, "ms": 6, "mec": "white", "lw": 1.6, "color": color}
+            axes.plot(xs, ys, label=label, **style)
+        axes.axvline(1.0, color=_GREY, lw=1, ls=":", zorder=1)
+
+    return _save(Path(path), "speedup", "accuracy", title, draw, columns=1)
+
+
+def _save(
+    path: Path, x: str, y: str, title: str, draw: Callable[[Axes], None], *, columns: int
+) -> Path:
     _check("plot", path.suffix.lower().removeprefix("."), FORMATS)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,11 +112,15 @@ def plot_front(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _decorate(axes, x, y, title)
-    _draw(axes, results, baseline, x, y)
-    handles = axes.get_legend_handles_labels()[0][::-1]
+    draw(axes)
+    handles = axes.get_legend_handles_labels()[0][:: -1 if columns > 1 else 1]
     if handles:
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5
+            handles=handles,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9.5,
         )
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.lower().removeprefix("."))

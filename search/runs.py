@@ -49,6 +49,11 @@ class Run:
         return dict(read_json(path)) if path.exists() else {}
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hardware of the machine that drove the run."""
+        return dict(read_json(self.folder / ENVIRONMENT))
+
+    @property
     def times(self) -> dict[str, float]:
         """Seconds of each part of the run, over all its sessions."""
         path = self.folder / TIMES
@@ -93,7 +98,8 @@ class Run:
 
         config = self.config
         x, y = axes(config.objectives, x, y)
-        return plot_front(self.results(), self.baseline, path, x=x, y=y, title=config.name)
+        dense = {**self.baseline, "speedup": 1.0, "accuracy_drop": 0.0}
+        return plot_front(self.results(), dense, path, x=x, y=y, title=config.name)
 
     def export(
         self,
