@@ -253,7 +253,7 @@ def _failure(model: nn.Module, names: list[str], example_input: Tensor) -> str:
     """The error of the model with these blocks removed; empty when it runs. Model unchanged."""
     modules = {name: model.get_submodule(name) for name in names}
     try:
-        remove_blocks(model, names)(example_input)
+        remove_blocks(model, names)(example_input.clone())
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     finally:

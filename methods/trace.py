@@ -89,5 +89,5 @@ def trace_calls(model: nn.Module, example_input: Tensor) -> dict[str, Call]:
         for name, module in model.named_modules():
             for handle in watch(name, module):
                 stack.callback(handle.remove)
-        model(example_input)
+        model(example_input.clone())  # a model may overwrite its input
     return calls
