@@ -188,12 +188,19 @@ class _Evaluator:
         self.evaluations = 0
 
     def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
-        """The model without `removed` and one more block, for each of `blocks`."""
+        """The model without `removed` and one more of `blocks`, which come in forward order."""
 
         def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-            outputs = self._replay.record(images, removed)[1] if self.suffix_only else None
-            for block in blocks:
-                yield (*removed, block), self._run(images, (*removed, block), block, outputs)
+            sets = [(*removed, block) for block in blocks]
+            if not (self.suffix_only and sets):
+                yield from ((names, self._replay.run(images, names)) for names in sets)
+                return
+            # Up to the last block, the model without it is what the others start from.
+            *earlier, last = sets
+            result, outputs = self._replay.record(images, last)
+            for names in earlier:
+                yield names, self._replay.run(images, names, start=names[-1], outputs=outputs)
+            yield last, result
 
         return self._measure(logits)
 
@@ -203,21 +210,18 @@ class _Evaluator:
         def visit(
             images: Tensor, removed: tuple[str, ...], first: int, outputs: Outputs | None
         ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-            start = removed[-1] if removed and outputs is not None else None
-            result, outputs = self._replay.record(images, removed, start=start, outputs=outputs)
+            if self.suffix_only:
+                start = removed[-1] if removed else None
+                result, outputs = self._replay.record(
+                    images, removed, start=start, outputs=outputs
+                )
+            else:
+                result = self._replay.run(images, removed)
             yield removed, result
             for index in range(first, len(self.blocks)):
-                subset = (*removed, self.blocks[index])
-                yield from visit(images, subset, index + 1, outputs if self.suffix_only else None)
+                yield from visit(images, (*removed, self.blocks[index]), index + 1, outputs)
 
         return self._measure(lambda images: visit(images, (), 0, None))
-
-    def _run(
-        self, images: Tensor, removed: tuple[str, ...], block: str, outputs: Outputs | None
-    ) -> Tensor:
-        if outputs is None:
-            return self._replay.run(images, removed)
-        return self._replay.run(images, removed, start=block, outputs=outputs)
 
     def _measure(
         self, logits: Callable[[Tensor], Iterator[tuple[tuple[str, ...], Tensor]]]

@@ -107,6 +107,8 @@ class Coordinator:
         self._record(proposal, result)
         for waiting in self._waiting.pop(result.trial_id, []):
             self._record(waiting, _duplicate(waiting, result))
+        if self._asking is None and not self.done:
+            self._start_asking()  # ahead, so that the freed worker does not wait for the sampler
 
     def fail(self, trial: str, message: str) -> None:
         """Records a trial whose worker could not say itself how it ended."""
@@ -132,6 +134,7 @@ class Coordinator:
         for result in self.results.values():
             result.on_front = result.trial_id in on_front
         self.store.compact(on_front)
+        self._sweep()
         self.store.write_front(self.front)
 
     # --- asking -----------------------------------------------------------------------------
@@ -139,13 +142,17 @@ class Coordinator:
     def _ask(self) -> Proposal | None:
         """Asks in a thread of its own, so that a slow sampler never blocks the driver."""
         if self._asking is None:
-            self._asking = self._pool.submit(self._sampler.ask, self._missing.pop())
+            self._start_asking()
+        assert self._asking is not None
         try:
             proposal = self._asking.result(timeout=0.2)
         except TimeoutError:
             return None
         self._asking = None
         return proposal
+
+    def _start_asking(self) -> None:
+        self._asking = self._pool.submit(self._sampler.ask, self._missing.pop())
 
     # --- recording --------------------------------------------------------------------------
 
@@ -168,16 +175,25 @@ class Coordinator:
         """Takes members that left the front off it, and deletes their recipe and weights."""
         for trial in candidates - {member.trial_id for member in self.front}:
             result = self.results[trial]
-            for path in (result.recipe, result.weights):
-                if path is not None:
-                    (self._run_dir / path).unlink(missing_ok=True)
-            if result.on_front or result.recipe is not None or result.weights is not None:
+            files = [path for path in (result.recipe, result.weights) if path is not None]
+            if result.on_front or files:
                 result.on_front, result.recipe, result.weights = False, None, None
-                self.store.write_trial(result)
+                self.store.write_trial(result)  # first the row, so that it never names a lost file
+            for path in files:
+                (self._run_dir / path).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Deletes recipes and weights that no front member names: a killed trial's."""
+        kept = {path for member in self.front for path in (member.recipe, member.weights)}
+        for pattern in ("recipes/t*.json", "weights/t*.safetensors"):
+            for path in self._run_dir.glob(pattern):
+                if path.relative_to(self._run_dir).as_posix() not in kept:
+                    path.unlink(missing_ok=True)
 
     def _update_front(self) -> None:
         self.front = front_of(list(self.results.values()), self.config.objectives)
         self._drop_artifacts(set(self.results))
+        self._sweep()
         if self.results:
             self.store.write_front(self.front)
 

@@ -59,16 +59,49 @@ PROBE = "latency_probe"  # the custom resource of the node whose device is measu
 TIMEOUT_GRACE_S = 10.0
 
 
+def check_local(config: SearchConfig) -> None:
+    """Refuses resources that this machine does not have, before a local Ray starts.
+
+    Raises:
+        ConfigError: If a trial or the probe can never run here.
+    """
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    for key, asked, have in (
+        ("resources.cpu", config.resources.cpu, cores),
+        ("resources.gpu", config.resources.gpu, gpus),
+        ("latency.threads", config.latency.threads, cores),
+    ):
+        if asked > have:
+            raise ConfigError(
+                f"`{key}` (={asked:g}) must be at most {have}: this machine has no more. Lower it."
+            )
+    if config.latency.device == "cuda" and not gpus:
+        raise ConfigError(
+            "`latency.device` (=cuda) must be a device of this machine: torch sees no GPU. Set "
+            "latency.device: cpu."
+        )
+
+
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
     """Starts a local Ray, or connects to the cluster at `address`; disconnects at the end.
 
     Args:
-        address: None or `local` for a Ray of one's own, `auto`, or `ray://HOST:PORT`.
+        address: None or `local` for a Ray of one's own; `auto` or `HOST:PORT` for the cluster
+            that this machine is a node of. A Ray that this process is connected to already is
+            used and left running.
 
     Raises:
         ConfigError: If no cluster answers there.
     """
+    if ray.is_initialized():
+        yield
+        return
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"`--address` (={address}) must be joined from inside the cluster: Ray Tune's hooks "
+            "cannot run through a Ray client. Run the command on a node with --address auto."
+        )
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address in (None, "local"):
         options |= {"address": "local", "include_dashboard": False, "resources": {PROBE: 1}}
@@ -76,7 +109,7 @@ def connect(address: str | None) -> Iterator[None]:
         options |= {"address": address}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
             "`ray start --head --resources '{\"latency_probe\": 1}'`, or leave --address out."
@@ -138,7 +171,7 @@ class Fleet:
             tick: Called often with the number of running trials.
         """
         resources = self.config.resources
-        slots = resources.max_concurrent or _slots(self.config)
+        slots = min(_slots(self.config), resources.max_concurrent or 2**31)
         parts = self._parts | {
             "reference_ms": coordinator.baseline.latency_ms,
             "probe": self.probe,
@@ -259,8 +292,9 @@ def _probe_resources(config: SearchConfig) -> dict[str, Any]:
     """
     have = ray.cluster_resources()
     gpu = 0.0
-    if config.latency.device.startswith("cuda"):
-        gpu = min(1.0, round(have.get("GPU", 0) - config.resources.gpu, 4))
+    if config.latency.device == "cuda":
+        spare = round(have.get("GPU", 0) - config.resources.gpu, 4)
+        gpu = 1.0 if spare >= 1 else min(spare, config.resources.gpu)
         if gpu <= 0:
             raise ConfigError(
                 f"`latency.device` (={config.latency.device}) must have a share of a GPU: the "
@@ -360,7 +394,7 @@ class _LatencyProbe:
         parts = ray.cloudpickle.loads(sealed_parts)
         self._config: SearchConfig = parts["config"]
         torch.set_num_threads(self._config.latency.threads)
-        self._device = torch.device(self._config.latency.device.split(":")[0])
+        self._device = torch.device(self._config.latency.device)
         task = make_task(self._config, unpack_images(ray.get(parts["images"])), "cpu")
         dense = make_model(self._config, task.num_classes, trained=False)
         load_state(dense, ray.get(parts["state"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
         ConfigError: If the trial's weights are not kept, or `out` is in use.
     """
     from ..methods.surgery import Recipe, apply
+    from .runs import check_writable
     from .setup import find_groups, load_images, make_model, make_task
 
     if member.recipe is None or member.weights is None:
@@ -99,8 +101,15 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
             f"`--trial` (={member.trial_id}) must be a front member: only their weights are kept "
             f"({TrialStatus(member.status)} here). Choose one of {kept}."
         )
+    lost = [p for p in (member.recipe, member.weights) if not (run.folder / p).is_file()]
+    if lost:
+        raise ConfigError(
+            f"`RUN_DIR` (={run.folder}) must hold {' and '.join(lost)}: the files of trial "
+            f"{member.trial_id} are gone. `prune-search resume {run.folder}` repairs the front."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`--out` (={out}) must not exist yet or be empty. Choose another.")
+    check_writable(out)
     config = run.config
     task = make_task(config, load_images(config), "cpu")
     dense = make_model(config, task.num_classes, trained=False)
@@ -128,12 +137,16 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
         "trial": _facts(member),
         "baseline": run.baseline,
     }
-    atomic_write_bytes(out / WEIGHTS, weights)
-    write_json(out / RECIPE, document)
-    loaded = load_pruned(out)
-    document["parity"] = _parity(pruned.eval(), loaded, task.example_input(64))
-    document["test"] = task.evaluate(loaded, "test")
-    write_json(out / RECIPE, document)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
+        unproven = Path(scratch) / out.name
+        atomic_write_bytes(unproven / WEIGHTS, weights)
+        write_json(unproven / RECIPE, document)
+        loaded = load_pruned(unproven)
+        document["parity"] = _parity(pruned.eval(), loaded, task.example_input(64))
+        document["test"] = task.evaluate(loaded, "test")
+        write_json(unproven / RECIPE, document)
+        unproven.replace(out)
     return out
 
 

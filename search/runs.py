@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,14 @@ from .store import Store, atomic_write_bytes, read_json, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .driver import Fleet
+    from .setup import Baseline
+
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TIMES = "times.json"
+LOCK = ".lock"
+LOCAL = (None, "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # a string is welcome
         if not (self.folder / CONFIG).is_file():
             raise ConfigError(
                 f"`RUN_DIR` (={self.folder}) must be a run folder: it has no {CONFIG}. "
@@ -67,9 +74,9 @@ class Run:
         """All finished trials as a data frame, one row each (columns: results/README.md)."""
         return Store(self.folder).frame()
 
-    def front_results(self) -> list[TrialResult]:
-        """The non-dominated completed trials."""
-        return front_of(self.results(), self.config.objectives)
+    def front_results(self, objectives: Mapping[str, str] | None = None) -> list[TrialResult]:
+        """The non-dominated completed trials, in the run's objectives or in others."""
+        return front_of(self.results(), objectives or self.config.objectives)
 
     def front(self) -> pd.DataFrame:
         """The front as a data frame, sorted as the printed table."""
@@ -78,9 +85,10 @@ class Run:
 
     def hypervolume(self) -> float | None:
         """Hypervolume of the front against the run's fixed reference point."""
-        if not self.baseline:
-            return None
-        return front_hypervolume(self.results(), self.baseline, self.config.objectives)
+        baseline, objectives = self.baseline, self.config.objectives
+        if not baseline or any(baseline.get(metric, 0) is None for metric in objectives):
+            return None  # the dense model is not wholly measured yet
+        return front_hypervolume(self.results(), baseline, objectives)
 
     def choose(
         self,
@@ -98,6 +106,7 @@ class Run:
 
         config = self.config
         x, y = axes(config.objectives, x, y)
+        check_writable(Path(path), "--plot")
         dense = {**self.baseline, "speedup": 1.0, "accuracy_drop": 0.0}
         return plot_front(self.results(), dense, path, x=x, y=y, title=config.name)
 
@@ -168,12 +177,17 @@ def resume(
         address: A Ray cluster; None starts a local Ray.
         progress: Where to report; None is silent.
     """
-    config = Run(Path(folder)).config
+    one = Run(Path(folder))
+    config = one.config
     if trials is not None:
-        section = config.search.model_copy(update={"trials": trials})
-        config = config.model_copy(update={"search": section})
-        atomic_write_bytes(Path(folder) / CONFIG, dump_config(config).encode())
-    return _execute(config, Path(folder), address, progress, new=False)
+        if trials < len(one.results()):
+            raise ConfigError(
+                f"`trials` (={trials}) must be at least {len(one.results())}: so many are "
+                "finished. Name a larger total."
+            )
+        data = config.model_dump(mode="json")
+        config = parse_config(data | {"search": data["search"] | {"trials": trials}})
+    return _execute(config, one.folder, address, progress, new=False)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -197,6 +211,8 @@ def check_new_folder(folder: Path) -> None:
         ConfigError: Which names the folder and the fix.
     """
     if folder.is_dir() and any(folder.iterdir()):
+        if (folder / CONFIG).exists() and not (folder / "baseline.json").exists():
+            return  # a run that ended before its dense model was there: nothing is lost
         if (folder / CONFIG).exists():
             fix = (
                 f"Finish it with `prune-search resume {folder}`, add trials with "
@@ -207,10 +223,21 @@ def check_new_folder(folder: Path) -> None:
         raise ConfigError(f"`--out` (={folder}) must not exist yet or be empty. {fix}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`--out` (={folder}) must be a folder: it is a file. Choose another.")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
+    check_writable(folder)
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Refuses a path that cannot be created.
+
+    Raises:
+        ConfigError: Which names the first folder that is in the way.
+    """
+    parent = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK | (os.X_OK if parent.is_dir() else 0)) or (
+        parent != path.absolute() and not parent.is_dir()
+    ):
         raise ConfigError(
-            f"`--out` (={folder}) must be writable: {parent} is not. Choose another --out."
+            f"`{option}` (={path}) must be writable: {parent} is not. Choose another {option}."
         )
 
 
@@ -234,30 +261,32 @@ def _execute(
     from .setup import make_space, pose, prepare_dense
 
     progress = progress or Progress.silent()
+    folder = folder.absolute()  # Ray's workers start in other folders
     clock = _Clock()
-    with clock("load_s"):
-        problem = pose(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        if new:
-            _describe(config, folder)
-    with clock("dense_s"):
-        baseline = prepare_dense(problem, folder, progress.say)
-    with clock("blocks_s"):
-        space = make_space(problem, folder, progress.say)
-    progress.say(f"space: {space.size_hint}")
     with ExitStack() as stack:
-        stack.callback(lambda: _add_times(folder, clock.seconds))
+        with clock("load_s"):
+            problem = pose(config)
         with clock("ray_start_s"):
-            from .driver import Fleet, connect
+            from .driver import Fleet, check_local, connect
 
-            stack.enter_context(connect(address))
+            if address in LOCAL:
+                check_local(config)
+            else:
+                stack.enter_context(connect(address))
+        stack.enter_context(_locked(folder))
+        stack.callback(lambda: _add_times(folder, clock.seconds))
+        _describe(config, folder, new=new)
+        with clock("dense_s"):
+            baseline = prepare_dense(problem, folder, progress.say)
+        with clock("blocks_s"):
+            space = make_space(problem, folder, progress.say)
+        progress.say(f"space: {space.size_hint}")
+        with clock("ray_start_s"):
+            if address in LOCAL:
+                stack.enter_context(connect(None))
             fleet = Fleet(problem, baseline.accuracy, folder)
-        if baseline.latency_ms is None:
-            with clock("reference_s"):
-                latency_ms, probe = fleet.measure_reference()
-            baseline = dataclasses.replace(baseline, latency_ms=latency_ms, probe=probe)
-            baseline.write(folder)
-            progress.say(f"dense latency {latency_ms:.3f} ms on {probe['cpu']}")
+        with clock("reference_s"):
+            baseline = _with_reference(baseline, fleet, folder, progress)
         coordinator = Coordinator(config, space, baseline, folder, progress.finished)
         with clock("trials_s"), progress.live(coordinator):
             try:
@@ -267,10 +296,45 @@ def _execute(
     return Run(folder)
 
 
-def _describe(config: SearchConfig, folder: Path) -> None:
+def _with_reference(
+    baseline: Baseline, fleet: Fleet, folder: Path, progress: Progress
+) -> Baseline:
+    """The baseline with the dense latency: measured once a run, kept when it is resumed."""
+    latency_ms, probe = fleet.measure_reference()
+    if baseline.latency_ms is None:
+        baseline = dataclasses.replace(baseline, latency_ms=latency_ms, probe=probe)
+        baseline.write(folder)
+        progress.say(f"dense latency {latency_ms:.3f} ms on {probe.get('gpu', probe['cpu'])}")
+    changed = [k for k in ("cpu", "gpu", "torch") if baseline.probe.get(k) != probe.get(k)]
+    if changed:
+        progress.say(
+            "warning: latencies are now measured on another "
+            + " and ".join(f"{k} ({probe.get(k)}, was {baseline.probe.get(k)})" for k in changed)
+            + ": speedups of the two sessions may differ"
+        )
+    return baseline
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One driver a run folder; the lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"`RUN_DIR` (={folder}) must not be in use: another process is running this "
+                "search. Wait for it, or stop it first."
+            ) from error
+        yield
+
+
+def _describe(config: SearchConfig, folder: Path, *, new: bool) -> None:
     from .environment import environment
 
-    write_json(folder / ENVIRONMENT, environment())
+    if new:
+        write_json(folder / ENVIRONMENT, environment())
     atomic_write_bytes(folder / CONFIG, dump_config(config).encode())
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -59,11 +60,6 @@ class Problem:
     model: nn.Module
     plan: PruningPlan
     blocks: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs of the classifier."""
-        return self.task.num_classes
 
 
 @dataclass(frozen=True)
@@ -300,7 +296,7 @@ def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
     config = problem.config
     if config.model.checkpoint:
         return config.model.checkpoint, 0.0
-    cached = cache_dir() / "dense" / f"{dense_key(config)}.safetensors"
+    cached = cache_dir() / "dense" / f"{dense_key(problem)}.safetensors"
     if cached.exists():
         problem.model.load_state_dict(load_file(cached))
         return "cache", 0.0
@@ -314,27 +310,46 @@ def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
             left = spent / epoch * (baseline.epochs - epoch)
             say(f"  epoch {epoch}/{baseline.epochs}: loss {loss:.4f}, about {left:.0f} s left")
 
-    finetune(
-        problem.model,
-        problem.task,
-        epochs=baseline.epochs,
-        lr=baseline.lr,
-        momentum=baseline.momentum,
-        weight_decay=baseline.weight_decay,
-        generator=torch.Generator().manual_seed(config.search.seed),
-        augment=config.data.augment,
-        on_epoch=on_epoch,
-    )
+    try:
+        finetune(
+            problem.model,
+            problem.task,
+            epochs=baseline.epochs,
+            lr=baseline.lr,
+            momentum=baseline.momentum,
+            weight_decay=baseline.weight_decay,
+            generator=torch.Generator().manual_seed(config.search.seed),
+            augment=config.data.augment,
+            on_epoch=on_epoch,
+        )
+    except FloatingPointError as error:
+        raise ConfigError(
+            f"`baseline.lr` (={baseline.lr}) must let the dense model train: {error}. Lower it."
+        ) from error
     seconds = time.perf_counter() - start
-    atomic_write_bytes(cached, dump_weights(problem.model))
+    try:
+        atomic_write_bytes(cached, dump_weights(problem.model))
+    except OSError as error:
+        say(f"warning: the dense model is not cached for other runs: {error}")
     return "trained", seconds
 
 
-def dense_key(config: SearchConfig) -> str:
-    """Content address of a trained dense model: all that its weights depend on."""
+def dense_key(problem: Problem) -> str:
+    """Content address of a trained dense model: all that its weights depend on.
+
+    The data count by their labels, statistics and a sample of images; the model by its initial
+    weights and, for `module:callable`, its source.
+    """
+    config, data = problem.config, problem.task.data
+    digest = hashlib.sha256(dump_weights(problem.model))
+    digest.update(_source(config.model.name))
+    digest.update(data.train.labels.cpu().numpy().tobytes())
+    step = max(1, len(data.train) // 256)
+    digest.update(data.train.images[::step].cpu().numpy().tobytes())
     parts = {
         "model": config.model.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", exclude={"calibration_size"}),
+        "statistics": [data.mean, data.std, data.crop_padding, data.horizontal_flip],
         "baseline": config.baseline.model_dump(mode="json"),
         "seed": config.search.seed,
         "gpu": config.resources.gpu > 0,
@@ -342,7 +357,14 @@ def dense_key(config: SearchConfig) -> str:
         "torch": torch.__version__,
         "prune-search": metadata.version("prune-search"),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:24]
+
+
+def _source(name: str) -> bytes:
+    """The file of a user's own model, so that a changed one is trained anew."""
+    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return Path(path).read_bytes() if ":" in name and path else b""
 
 
 # --- checks ----------------------------------------------------------------------------------

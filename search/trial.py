@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..methods.criteria import score_channels
 from ..methods.finetune import finetune, recalibrate_batch_norm
 from ..methods.measure import Latency, count_macs, count_params, peak_memory_mib
-from ..methods.select import select_cumulative, select_ratio
+from ..methods.select import SELECTION_RULES
 from ..methods.surgery import PruningPlan, Recipe, apply, group_scores, layer_widths
 from ..methods.tasks.classification import ClassificationTask
 from .config import SearchConfig
@@ -122,11 +122,8 @@ def make_recipe(candidate: Candidate, context: TrialContext) -> Recipe:
         totals = group_scores(group, scores, candidate.dropped_blocks)
         size = group.num_channels // group.parts
         part = totals[:size]  # the parts score alike
-        if candidate.select == "cumulative":
-            assert candidate.k is not None
-            columns = select_cumulative(part, candidate.k, round_to=round_to)
-        else:
-            columns = select_ratio(part, keep[group.name], round_to=round_to)
+        fraction = keep[group.name] if candidate.k is None else candidate.k
+        columns = SELECTION_RULES[str(candidate.select)](part, fraction, round_to=round_to)
         kept[group.name] = tuple(p * size + int(i) for p in range(group.parts) for i in columns)
     return Recipe(candidate.dropped_blocks, kept)
 

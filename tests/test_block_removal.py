@@ -265,7 +265,8 @@ def test_max_drop_stops_measuring_and_still_orders_all(
     assert short.evaluations == 6 + 5
     assert sorted(short.order) == sorted(blocks)
     assert sorted(rank_blocks(resnet20, task, blocks, max_drop=0).order) == sorted(blocks)
-    assert rank_blocks(resnet20, task, []).order == ()
+    for order in ("greedy", "oneshot", "sequential", "random"):
+        assert rank_blocks(resnet20, task, [], order=order).order == ()
 
 
 def test_wrong_input_is_refused(resnet20: nn.Module, task: ClassificationTask) -> None:

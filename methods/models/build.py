@@ -62,10 +62,10 @@ def build_model(
         arguments.setdefault("num_classes", num_classes)
     try:
         model = builder(**arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign constructor raises
         raise ValueError(
             f"`model.kwargs` (={dict(kwargs or {})}) must suit {name}{_signature(builder)}: "
-            f"{error} Correct the arguments."
+            f"{type(error).__name__}: {error}. Correct the arguments."
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -196,17 +196,27 @@ def _timm_builder(name: str) -> tuple[Builder, dict[str, Any]]:
     return create, {}
 
 
+def _broken_module(name: str, error: Exception) -> ValueError:
+    """The user's module exists, and its own code fails when it is imported."""
+    return ValueError(
+        f"`model.name` (={name}) must name a module that can be imported: it stopped with "
+        f"{type(error).__name__}: {error}. Correct the module."
+    )
+
+
 def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module exists, and what it imports does not
+            raise _broken_module(name, error) from error
         raise ValueError(
             f"`model.name` (={name}) must name an importable module: there is no module "
             f"{error.name}. Install it or add its folder to PYTHONPATH; the sources known by name "
             f"are {', '.join(SOURCES)}."
         ) from error
+    except Exception as error:  # whatever a foreign module raises
+        raise _broken_module(name, error) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
         public = [key for key, value in vars(module).items() if callable(value)]
