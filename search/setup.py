@@ -28,9 +28,10 @@ from ..methods.block_removal import rank_blocks
 from ..methods.blocks import removable_blocks
 from ..methods.data import ImageData, Split, load_data
 from ..methods.finetune import finetune
+from ..methods.groups import plan_pruning
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.models.build import build_model, default_image_size, input_channels
-from ..methods.surgery import PruningPlan, plan_pruning
+from ..methods.surgery import PruningPlan
 from ..methods.tasks.classification import ClassificationTask
 from .config import ConfigError, SearchConfig
 from .space import Space, max_blocks

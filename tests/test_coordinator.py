@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
-from prunesearch.methods.surgery import PruningPlan, plan_pruning
+from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.coordinator import Coordinator, trial_id
 from prunesearch.search.records import TrialResult, TrialStatus

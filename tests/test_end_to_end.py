@@ -217,8 +217,9 @@ def _pruned_by_hand(run: Run, trial: str) -> torch.nn.Module:
     """The member from its recipe by surgery on the dense constructor, not by the export."""
     from safetensors.torch import load_file
 
+    from prunesearch.methods.groups import plan_pruning
     from prunesearch.methods.models.build import build_model
-    from prunesearch.methods.surgery import Recipe, apply, plan_pruning
+    from prunesearch.methods.surgery import Recipe, apply
 
     member = next(r for r in run.results() if r.trial_id == trial)
     assert member.recipe is not None and member.weights is not None

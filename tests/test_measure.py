@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.measure import (
     MIB,
     Latency,
@@ -19,7 +20,7 @@ from prunesearch.methods.measure import (
 )
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.shapes import changed_attributes, rebuild
-from prunesearch.methods.surgery import Recipe, apply, plan_pruning
+from prunesearch.methods.surgery import Recipe, apply
 
 FLOAT = 4  # bytes
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
-from prunesearch.methods.surgery import plan_pruning
 from prunesearch.search.config import dump_config, parse_config
 from prunesearch.search.coordinator import Coordinator, Listener
 from prunesearch.search.progress import Progress

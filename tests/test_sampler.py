@@ -9,8 +9,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
-from prunesearch.methods.surgery import PruningPlan, plan_pruning
+from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search import sampler as module
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.records import TrialResult, TrialStatus

@@ -8,8 +8,9 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
-from prunesearch.methods.surgery import PruningPlan, plan_pruning
+from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.config import SpaceConfig, parse_config
 from prunesearch.search.records import Candidate
 from prunesearch.search.space import Space, effective_widths, kept_channels

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.models.resnet_cifar import ZeroPadShortcut
 from prunesearch.methods.shapes import changed_attributes, rebuild
@@ -17,10 +18,8 @@ from prunesearch.methods.surgery import (
     PruningPlan,
     Recipe,
     apply,
-    full_recipe,
     group_scores,
     layer_widths,
-    plan_pruning,
 )
 
 ZOO: list[tuple[str, dict[str, Any], int]] = [
@@ -124,7 +123,8 @@ def test_nothing_removed_is_the_dense_model() -> None:
     model = build_model("vgg16_cifar", num_classes=10, kwargs={})
     images = torch.randn(2, 3, 32, 32, generator=_generator())
     plan = plan_pruning(model, images)
-    same = apply(copy.deepcopy(model), plan, full_recipe(plan))
+    everything = {g.name: tuple(range(g.num_channels)) for g in plan.groups}
+    same = apply(copy.deepcopy(model), plan, Recipe((), everything))
     with torch.no_grad():
         assert torch.equal(same(images), model(images))
 

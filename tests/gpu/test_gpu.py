@@ -12,9 +12,10 @@ from helpers import SMALL, command, write_config
 from prunesearch.methods.criteria import CRITERIA, score_channels
 from prunesearch.methods.data import load_data
 from prunesearch.methods.finetune import finetune, recalibrate_batch_norm
+from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.measure import paired_latency, reference_latency_ms
 from prunesearch.methods.models.build import build_model
-from prunesearch.methods.surgery import Recipe, apply, plan_pruning
+from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.methods.tasks.classification import ClassificationTask
 from prunesearch.search import Run, load_pruned
 
