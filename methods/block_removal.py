@@ -20,7 +20,7 @@ from .names import unknown_name
 from .replay import Outputs, Replay
 from .trace import eval_mode
 
-Order = Literal["greedy", "oneshot", "sequential", "random"]
+Order = Literal["greedy", "oneshot", "exhaustive", "sequential", "random"]
 Score = Literal["accuracy", "loss"]
 MAX_EXHAUSTIVE = 12  # blocks: 4,096 subsets
 
@@ -57,7 +57,8 @@ class BlockRanking:
     Attributes:
         order: All blocks, the one to remove first in front.
         path: What was measured along the order. Greedy: the model after each removal; oneshot:
-            the model without that one block; sequential and random: nothing.
+            the model without that one block; exhaustive: the best subset of each size;
+            sequential and random: nothing.
         method: Which order it is.
         evaluations: How many models were evaluated on the whole calibration split.
         seconds: Wall time.
@@ -70,6 +71,13 @@ class BlockRanking:
     evaluations: int
     seconds: float
     suffix_only: bool
+
+    @property
+    def drops(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks to remove if 0, 1, 2, ... are to go."""
+        if self.method == "exhaustive":
+            return ((), *(step.removed for step in self.path))
+        return tuple(self.order[:count] for count in range(len(self.order) + 1))
 
 
 def rank_blocks(
@@ -86,7 +94,8 @@ def rank_blocks(
     """Orders blocks by how little the model suffers without them.
 
     greedy: remove the block whose removal leaves the best score, measure the rest again, repeat.
-    oneshot: measure each block alone, once. sequential: from the model's end. random: by `seed`.
+    oneshot: measure each block alone, once. exhaustive: the best of all subsets of each size.
+    sequential: from the model's end. random: by `seed`.
     Of equal scores the block nearer to the model's end goes first.
 
     Args:
@@ -124,6 +133,8 @@ def rank_blocks(
         elif order == "oneshot":
             path = _sorted(evaluator.without_each((), evaluator.blocks), score)
             names = [step.removed[-1] for step in path]
+        elif order == "exhaustive":
+            names, path = _optimum(evaluator, score)
         elif order == "greedy":
             names, path = _greedy(evaluator, score, max_drop)
     return BlockRanking(
@@ -155,11 +166,7 @@ def exhaustive(
     Raises:
         ValueError: If there are too many blocks, or as for `rank_blocks`.
     """
-    if len(blocks) > MAX_EXHAUSTIVE:
-        raise ValueError(
-            f"`blocks` (={len(blocks)} names) must hold at most {MAX_EXHAUSTIVE}: every block "
-            "doubles the number of subsets. Name fewer, or use `rank_blocks`."
-        )
+    _check_exhaustive(blocks)
     with eval_mode(model):
         steps = _Evaluator(model, task, blocks, suffix_only).every_subset()
     return {step.removed: step.accuracy for step in steps}
@@ -255,6 +262,24 @@ def _greedy(
         left.remove(ranked[0].removed[-1])
         rest = [step.removed[-1] for step in ranked[1:]]
     return [*(path[-1].removed if path else ()), *rest], path
+
+
+def _optimum(evaluator: _Evaluator, score: Score) -> tuple[list[str], list[BlockStep]]:
+    """Single removals in order, and the best subset of each size: brute force."""
+    _check_exhaustive(evaluator.blocks)
+    steps = evaluator.every_subset()
+    sizes = range(1, len(evaluator.blocks) + 1)
+    ranked = [_sorted([s for s in steps if len(s.removed) == size], score) for size in sizes]
+    singles = [step.removed[0] for step in ranked[0]] if ranked else []
+    return singles, [best[0] for best in ranked]
+
+
+def _check_exhaustive(blocks: Sequence[str]) -> None:
+    if len(blocks) > MAX_EXHAUSTIVE:
+        raise ValueError(
+            f"`blocks` (={len(blocks)} names) must hold at most {MAX_EXHAUSTIVE}: every block "
+            "doubles the number of subsets. Name fewer, or use another order."
+        )
 
 
 def _sorted(steps: list[BlockStep], score: Score) -> list[BlockStep]:

@@ -43,7 +43,11 @@ def recalibrate_batch_norm(
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
             norm.train()
-        for images, _ in task.train_batches(generator, max_images=num_images, augment=False):
+        whole = min(num_images, task.num_train) // task.batch_size * task.batch_size
+        # a small last batch would weigh as much as a whole one
+        for images, _ in task.train_batches(
+            generator, max_images=whole or num_images, augment=False
+        ):
             model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

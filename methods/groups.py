@@ -163,13 +163,22 @@ def _read_group(
         )
         divisions = _divisions(target)
         parts = math.lcm(parts, divisions)
-        if divisions > 1 and len(item.idxs) != num_channels:
+        if divisions > 1 and len(item.idxs) != _num_channels(target, is_output):
             trouble = f"shares {names[target]}, which divides its channels, with other layers"
+    places = {target: index for index, target in enumerate(names.values())}
+    edits.sort(key=lambda edit: places[edit.target])  # the graph's own order varies
     if num_channels % parts:
         trouble = f"its {num_channels} channels do not divide into the {parts} parts they must"
     layers = tuple(dict.fromkeys(edit.target for edit in edits if edit.produces))
     group = ChannelGroup(name, num_channels, layers, not crosses_add, parts, "", tuple(edits))
     return group, trouble
+
+
+def _num_channels(target: nn.Module | nn.Parameter, is_output: bool) -> Any:
+    """All channels on one side of a grouped convolution or group norm."""
+    if isinstance(target, nn.GroupNorm):
+        return target.num_channels
+    return getattr(target, "out_channels" if is_output else "in_channels")
 
 
 def _divisions(target: nn.Module | nn.Parameter) -> int:

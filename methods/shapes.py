@@ -79,6 +79,14 @@ def rebuild(
     return model.eval()
 
 
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers on the CPU; no two share memory, as safetensors demands."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def _is_shape(value: Any) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(_is_shape(item) for item in value)

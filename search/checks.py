@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..methods.blocks import find_blocks
+from torch import Tensor
+
+from ..methods.blocks import find_blocks, remove_blocks
 from ..methods.measure import count_macs, count_params
 from ..methods.surgery import Recipe, apply
 from .config import SearchConfig
-from .setup import pose
+from .setup import Problem, pose
 from .space import Space, effective_widths
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -24,7 +26,7 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
     problem = pose(config)
     model, task = problem.model, problem.task
     example = task.example_input(2)
-    space = Space(config.space, problem.plan, problem.blocks)
+    space = Space(config.space, problem.plan, _drops(problem, example))
     round_to = config.space.keep.round_to
     widths = {k: effective_widths(problem.plan.groups, k, round_to) for k in LEVELS}
     data = task.data
@@ -61,9 +63,19 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
     }
 
 
+def _drops(problem: Problem, example: Tensor) -> tuple[tuple[str, ...], ...]:
+    """The removable blocks by the multiply-adds that go with them, the costliest first."""
+
+    def without(block: str) -> int:
+        return count_macs(remove_blocks(copy.deepcopy(problem.model), [block]), example)
+
+    order = sorted(problem.blocks, key=without)
+    return tuple(tuple(order[:count]) for count in range(len(order) + 1))
+
+
 def _smallest(plan: Any, space: Space, model: Any, example: Any) -> int:
-    """MACs of the candidate with the fewest channels and blocks that the space admits."""
-    dropped = tuple(sorted(space.block_order[: space.max_blocks]))
+    """MACs without the costliest blocks and with the fewest channels that a ratio admits."""
+    dropped = tuple(sorted(space.drops[space.max_blocks]))
     kept = {}
     if "ratio" in space.config.select:
         keep = space.config.keep

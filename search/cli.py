@@ -38,7 +38,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="key.sub=value", help="Override a config key; repeatable."),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="A Ray cluster: ray://HOST:PORT, auto or local (default).")
+    str | None,
+    typer.Option(help="The Ray cluster of this node: auto or HOST:PORT; local by default."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="How many trials in all.")]
@@ -148,15 +149,16 @@ def front(
     from .tables import front_rows, front_table
 
     run = Run(run_dir)
-    for option, metric in (("--x", x), ("--y", y)):
-        _check_metric(option, metric)
+    objectives = _axes(run.config, x, y)
     if plot is not None:
         run.plot(plot, x, y)
         err.print(f"wrote {plot}", markup=False, highlight=False)
     if as_json:
-        out.print_json(json.dumps({"baseline": run.baseline, "front": front_rows(run)}))
+        out.print_json(
+            json.dumps({"baseline": run.baseline, "front": front_rows(run, objectives)})
+        )
     else:
-        _print_wide(front_table(run))
+        _print_wide(front_table(run, objectives))
 
 
 @app.command()
@@ -189,6 +191,8 @@ def export(
         )
     if (trial is not None) + (minimize is not None) + (maximize is not None) > 1:
         raise ConfigError("`--trial`, `--min` and `--max` must not be combined. Choose one.")
+    if trial is not None and where:
+        raise ConfigError("`--where` must not be combined with `--trial`: it would be ignored.")
     run = Run(run_dir)
     _import_user_code(run.config)
     run.export(out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ())
@@ -352,15 +356,22 @@ def _print_wide(table: Any) -> None:
         Console(width=160, file=out.file).print(table)
 
 
-def _check_metric(option: str, metric: str | None) -> None:
+def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:
+    """The two asked metrics as objectives; None when neither is asked."""
     from .config import METRICS
+    from .runs import axes
     from .yaml_source import nearest
 
-    if metric is not None and metric not in METRICS:
-        raise ConfigError(
-            f"`{option}` (={metric}) must be one of {', '.join(METRICS)}. "
-            f"{nearest(metric, METRICS)}".rstrip()
-        )
+    for option, metric in (("--x", x), ("--y", y)):
+        if metric is not None and metric not in METRICS:
+            raise ConfigError(
+                f"`{option}` (={metric}) must be one of {', '.join(METRICS)}. "
+                f"{nearest(metric, METRICS)}".rstrip()
+            )
+    if x is None and y is None:
+        return None
+    x, y = axes(config.objectives, x, y)
+    return {y: METRICS[y], x: METRICS[x]}
 
 
 def _complain(message: str) -> None:

@@ -195,6 +195,9 @@ class DataConfig(_Section):
     calibration_size: int = Field(
         default=512, ge=1, description="training images that score channels"
     )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="the seed of the split and the calibration images"
+    )
     augment: bool = Field(
         default=True, description="whether training images are shifted and flipped"
     )
@@ -226,8 +229,11 @@ class BlocksConfig(_Section):
     mode: Literal["mask", "ranked", "none"] = Field(
         default="mask", description="how blocks are searched"
     )
-    order: Literal["greedy", "oneshot", "sequential", "random"] = Field(
+    order: Literal["greedy", "oneshot", "exhaustive", "sequential", "random"] = Field(
         default="greedy", description="how blocks are ranked"
+    )
+    score: Literal["accuracy", "loss"] = Field(
+        default="accuracy", description="what a removal must not cost"
     )
     valid: Literal["paper", "residual"] = Field(
         default="paper", description="which blocks are removable"

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import SearchConfig
+from .config import ConfigError, SearchConfig
 from .front import front_of, hypervolume
 from .plot import plot_runs
 from .progress import Progress
 from .records import TrialResult, TrialStatus
-from .runs import CONFIG, Run, resume, run
+from .runs import CONFIG, Run, absolute, resume, run
 from .store import atomic_write_bytes
 
 SPEEDUPS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
@@ -42,6 +42,11 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
     runs = {}
     for name, variant in variants(config).items():
         folder = out / name
+        if (folder / CONFIG).exists() and Run(folder).config != absolute(variant):
+            raise ConfigError(
+                f"`--out` (={out}) must hold runs of this config: {folder} is of another one. "
+                "Choose another --out."
+            )
         if not (folder / CONFIG).exists():
             progress.say(f"== {LABELS[name]}")
             run(variant, out=folder, progress=progress)
@@ -50,9 +55,9 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
             resume(folder, progress=progress)
         runs[name] = Run(folder)
     text = report(runs)
-    atomic_write_bytes(out.with_suffix(".md"), text.encode())
+    atomic_write_bytes(out.parent / f"{out.name}.md", text.encode())
     fronts = {LABELS[name]: _front(one) for name, one in runs.items()}
-    plot_runs(fronts, out.with_suffix(".png"), title=config.name)
+    plot_runs(fronts, out.parent / f"{out.name}.png", title=config.name)
     return text
 
 
@@ -83,7 +88,7 @@ def report(runs: Mapping[str, Run]) -> str:
     lines = [
         f"# {config.name}: search, uniform and random pruning at the same budget",
         "",
-        f"{config.model.name} on {config.data.name} at {config.data.image_size} px, "
+        f"{config.model.name} on {config.data.name}{_pixels(config)}, "
         f"{config.search.trials} trials each, {config.recover.epochs:g} epoch of fine-tuning a "
         f"trial, seed {config.search.seed}, one run each. All accuracies are on the validation "
         "split, which the search optimises. Latency: "
@@ -129,6 +134,10 @@ def report(runs: Mapping[str, Run]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _pixels(config: SearchConfig) -> str:
+    return f" at {config.data.image_size} px" if config.data.image_size else ""
 
 
 def _comparison(label: str, one: Run) -> str:

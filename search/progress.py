@@ -59,8 +59,9 @@ class Progress:
 
     def running(self, count: int) -> None:
         """Reports how many trials run now; called often."""
-        self._running = count
-        self._refresh()
+        if count != self._running:
+            self._running = count
+            self._refresh()
 
     def finished(self, result: TrialResult) -> None:
         """Reports one finished trial."""

@@ -159,7 +159,7 @@ def run(
     check_names(config)
     folder = Path(out) if out is not None else Path("results") / config.name
     check_new_folder(folder)
-    return _execute(_absolute(config), folder, address, progress, new=True)
+    return _execute(absolute(config), folder, address, progress, new=True)
 
 
 def resume(
@@ -338,7 +338,7 @@ def _describe(config: SearchConfig, folder: Path, *, new: bool) -> None:
     atomic_write_bytes(folder / CONFIG, dump_config(config).encode())
 
 
-def _absolute(config: SearchConfig) -> SearchConfig:
+def absolute(config: SearchConfig) -> SearchConfig:
     """Paths made absolute, so that the run can be resumed from any folder."""
     model, data = config.model, config.data
     if model.checkpoint is not None:

@@ -31,6 +31,7 @@ from ..methods.finetune import finetune
 from ..methods.groups import plan_pruning
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.models.build import build_model, default_image_size, input_channels
+from ..methods.shapes import copy_state
 from ..methods.surgery import PruningPlan
 from ..methods.tasks.classification import ClassificationTask
 from .config import ConfigError, SearchConfig
@@ -145,7 +146,7 @@ def load_images(config: SearchConfig) -> ImageData:
         image_size=size,
         channels=_channels(config),
         split=config.data.split,
-        seed=config.search.seed,
+        seed=config.data.seed,
         limit=config.data.limit,
     )
 
@@ -158,7 +159,7 @@ def make_task(
         data,
         batch_size=config.data.batch_size,
         calibration_size=config.data.calibration_size,
-        seed=config.search.seed,
+        seed=config.data.seed,
         device=device,
     )
 
@@ -229,30 +230,31 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
 def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
     """Ranks the blocks (once; stored in the run folder) and lays out the search space."""
     config, path = problem.config, run_dir / BLOCKS
-    order: tuple[str, ...] = ()
+    drops: tuple[tuple[str, ...], ...] = ((),)
     if path.exists():
-        order = tuple(read_json(path)["order"])
+        drops = tuple(map(tuple, read_json(path)["drops"]))
     elif problem.blocks:
         ranking = rank_blocks(
             problem.model,
             problem.task,
             problem.blocks,
             order=config.space.blocks.order,
+            score=config.space.blocks.score,
             seed=config.search.seed,
             max_drop=max_blocks(config.space.blocks, len(problem.blocks)),
         )
-        order = ranking.order
-        write_json(path, dataclasses.asdict(ranking))
+        drops = ranking.drops
+        write_json(path, dataclasses.asdict(ranking) | {"drops": drops})
         say(
             f"blocks ranked ({config.space.blocks.order}, {ranking.evaluations} evaluations, "
-            f"{ranking.seconds:.1f} s), first to go: {', '.join(order[:3])}"
+            f"{ranking.seconds:.1f} s), first to go: {', '.join(drops[-1][:3])}"
         )
-    return Space(config.space, problem.plan, order)
+    return Space(config.space, problem.plan, drops)
 
 
 def dump_weights(model: nn.Module) -> bytes:
     """The model's weights and buffers as safetensors."""
-    return save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    return save(copy_state(model))
 
 
 def pack_images(data: ImageData) -> dict[str, Any]:
@@ -296,6 +298,11 @@ def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
     """Where the weights that the model now holds came from, and the seconds of training."""
     config = problem.config
     if config.model.checkpoint:
+        if not problem.task.data.official_test:
+            say(
+                f"warning: {config.data.name} has no test split of its own: val and test "
+                "(data.split, data.seed) must hold no image that the checkpoint was trained on"
+            )
         return config.model.checkpoint, 0.0
     cached = cache_dir() / "dense" / f"{dense_key(problem)}.safetensors"
     if cached.exists():

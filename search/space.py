@@ -50,12 +50,18 @@ class Space:
     Attributes:
         config: The `space` section of the config.
         plan: The model's channel groups.
-        block_order: Removable blocks, the one to remove first in front; empty when none may go.
+        drops: The blocks to drop if 0, 1, 2, ... are to go: the ranked path. Its last entry holds
+            every removable block, the one to remove first in front.
     """
 
     config: SpaceConfig
     plan: PruningPlan
-    block_order: tuple[str, ...]
+    drops: tuple[tuple[str, ...], ...]
+
+    @property
+    def block_order(self) -> tuple[str, ...]:
+        """Every removable block, the one to remove first in front; empty when none may go."""
+        return self.drops[-1]
 
     @property
     def max_blocks(self) -> int:
@@ -82,7 +88,7 @@ class Space:
         """Asks `trial` for every parameter that applies and returns them."""
         params: Params = {}
         for name, distribution in self._walk(params):
-            params[name] = trial._suggest(name, distribution)
+            params[name] = _suggest(trial, name, distribution)
         return params
 
     def distributions(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
@@ -94,7 +100,7 @@ class Space:
         """
         found: dict[str, BaseDistribution] = {}
         for name, distribution in self._walk(params):
-            if not distribution._contains(distribution.to_internal_repr(params[name])):
+            if not _holds(distribution, params[name]):
                 raise ValueError(f"`{name}` (={params[name]}) must lie in {distribution}.")
             found[name] = distribution
         return found
@@ -186,7 +192,7 @@ class Space:
         if not self.max_blocks:
             return ()
         if self.config.blocks.mode == "ranked":
-            return tuple(sorted(self.block_order[: params[NUM_BLOCKS]]))
+            return tuple(sorted(self.drops[params[NUM_BLOCKS]]))
         chosen = [block for block in self.block_order if params[_block_name(block)]]
         return tuple(sorted(chosen[: self.max_blocks]))  # over the limit: the best-ranked ones go
 
@@ -197,14 +203,17 @@ class Space:
             return {}
         if self.config.blocks.mode == "ranked":
             return {NUM_BLOCKS: num_dropped}
-        return {_block_name(b): i < num_dropped for i, b in enumerate(self.block_order)}
+        return {_block_name(b): b in self.drops[num_dropped] for b in self.block_order}
 
     def _channel_params(self, criterion: str, keep: float) -> Params:
+        if "ratio" not in self.config.select:
+            return {CRITERION: criterion, SELECT: "cumulative", TOP_K: keep}
         params: Params = {CRITERION: criterion, SELECT: "ratio"}
         return params | {name: keep for name in self._keep_names()}
 
     def _ranked(self, num_dropped: int) -> Params:
-        channels = self._channel_params(self.criteria[0], 1.0) if self.criteria else {}
+        most = 1.0 if "ratio" in self.config.select else self.config.top_k.high
+        channels = self._channel_params(self.criteria[0], most) if self.criteria else {}
         return self._block_params(num_dropped) | channels
 
     def _uniform(self, criterion: str, keep: float) -> Params:
@@ -233,6 +242,24 @@ def kept_channels(group: ChannelGroup, keep: float, round_to: int) -> int:
 def effective_widths(groups: Sequence[ChannelGroup], keep: float, round_to: int) -> dict[str, int]:
     """Width of every group at one requested keep fraction."""
     return {group.name: kept_channels(group, keep, round_to) for group in groups}
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+        case IntDistribution(low=low, high=high):
+            return trial.suggest_int(name, low, high)
+        case FloatDistribution(low=low, high=high):
+            return trial.suggest_float(name, low, high)
+    raise AssertionError(distribution)
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return bool(distribution.low <= value <= distribution.high)
 
 
 def _block_name(block: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,21 +31,15 @@ TRIAL_PARTS = {
     "measure_s": "measure",
     "wait_s": "wait for the probe",
 }
-FRONT_COLUMNS = (
-    "trial_id", "accuracy", "accuracy_drop", "accuracy_before_finetune", "latency_ms", "speedup",
-    "macs", "num_params", "peak_memory_mib", "criterion",
-)  # fmt: skip
 
 
-def front_rows(run: Run) -> list[dict[str, Any]]:
+def front_rows(run: Run, objectives: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """The front as plain values, every column of the ledger."""
-    import dataclasses
-
-    return [dataclasses.asdict(result) for result in run.front_results()]
+    return [dataclasses.asdict(result) for result in run.front_results(objectives)]
 
 
-def front_table(run: Run) -> Table:
-    """The front, one member a row, with the dense baseline first."""
+def front_table(run: Run, objectives: Mapping[str, str] | None = None) -> Table:
+    """The front in the run's objectives or in others, with the dense baseline first."""
     baseline = run.baseline
     table = Table(title=f"Pareto front of {run.config.name} (validation split)")
     for name in (
@@ -53,7 +49,7 @@ def front_table(run: Run) -> Table:
         table.add_column(name, justify="left" if name in _TEXT else "right")
     if baseline:
         table.add_row("dense", *_numbers(_dense_row(baseline)), "", "", "", style="bold")
-    for result in run.front_results():
+    for result in run.front_results(objectives):
         table.add_row(result.trial_id, *_numbers(result), *_choices(result))
     return table
 
@@ -157,8 +153,9 @@ def known_methods() -> dict[str, dict[str, str]]:
             "cumulative": "keep the fewest channels that hold a fraction k of the group's score",
         },
         "blocks.order": {
-            "greedy": "remove the block whose loss costs least, then look again",
-            "oneshot": "rank each block's removal alone",
+            "greedy": "remove the block that costs the least accuracy, measure the rest again",
+            "oneshot": "measure each block's removal alone, once",
+            "exhaustive": "the best of all subsets of each size; up to 12 blocks",
             "sequential": "from the end of the network",
             "random": "a seeded permutation: a control",
         },
@@ -252,8 +249,6 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def _choices(result: TrialResult) -> list[str]:
-    import json
-
     candidate = json.loads(result.candidate)
     keep = candidate["keep"].values()
     if candidate["k"] is not None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..methods.criteria import score_channels
+from ..methods.criteria import DRAWN, score_channels
 from ..methods.finetune import finetune, recalibrate_batch_norm
 from ..methods.measure import Latency, count_macs, count_params, peak_memory_mib
 from ..methods.select import SELECTION_RULES
+from ..methods.shapes import copy_state
 from ..methods.surgery import PruningPlan, Recipe, apply, group_scores, layer_widths
 from ..methods.tasks.classification import ClassificationTask
 from .config import SearchConfig
@@ -110,11 +111,17 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
     return outcome
 
 
-def make_recipe(candidate: Candidate, context: TrialContext) -> Recipe:
-    """The exact channels that a candidate keeps: its criterion's scores under its rule."""
+def make_recipe(candidate: Candidate, context: TrialContext, seed: int) -> Recipe:
+    """The exact channels that a candidate keeps: its criterion's scores under its rule.
+
+    Args:
+        candidate: Blocks to drop and channels to keep.
+        context: The dense model and its groups.
+        seed: Seed of the criteria that draw their scores; the others use the run's.
+    """
     if candidate.criterion is None:
         return Recipe(candidate.dropped_blocks)
-    scores = _scores(candidate.criterion, context)
+    scores = _scores(candidate.criterion, context, seed)
     round_to = context.config.space.keep.round_to
     keep = dict(candidate.keep)
     kept = {}
@@ -131,7 +138,7 @@ def make_recipe(candidate: Candidate, context: TrialContext) -> Recipe:
 def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     result, task, recover = outcome.result, context.task, context.config.recover
     with _clock(result, "score_s"):
-        recipe = make_recipe(spec.candidate, context)
+        recipe = make_recipe(spec.candidate, context, spec.seed)
     with _clock(result, "prune_s"):
         model = apply(copy.deepcopy(context.dense), context.plan, recipe)
     generator = torch.Generator().manual_seed(spec.seed)
@@ -160,21 +167,23 @@ def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     result.epochs = recover.epochs
     result.fidelity = FULL_FIDELITY
     outcome.recipe = recipe
-    outcome.state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    outcome.state = copy_state(model)
 
 
-def _scores(criterion: str, context: TrialContext) -> Mapping[str, Tensor]:
-    if criterion not in context.scores:
-        options = {c.name: c.options for c in context.config.space.criteria}
-        context.scores[criterion] = score_channels(
-            criterion,
-            context.dense,
-            context.task,
-            context.plan.layers,
-            seed=context.config.search.seed,
-            options=options[criterion],
-        )
-    return context.scores[criterion]
+def _scores(criterion: str, context: TrialContext, seed: int) -> Mapping[str, Tensor]:
+    if criterion in context.scores:
+        return context.scores[criterion]
+    scores = score_channels(
+        criterion,
+        context.dense,
+        context.task,
+        context.plan.layers,
+        seed=seed if criterion in DRAWN else context.config.search.seed,
+        options={c.name: c.options for c in context.config.space.criteria}[criterion],
+    )
+    if criterion not in DRAWN:
+        context.scores[criterion] = scores
+    return scores
 
 
 def _measure(model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult) -> None:

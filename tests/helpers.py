@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PRUNE_SEARCH = [sys.executable, "-m", "prunesearch.search.cli"]
@@ -24,6 +25,11 @@ search: {sampler: tpe, trials: 6, seed: 0}
 resources: {max_concurrent: 1}
 latency: {runs: 20}
 """
+
+
+def ranked(order: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The ranked path of an order: the blocks to drop if 0, 1, 2, ... are to go."""
+    return tuple(tuple(order[:count]) for count in range(len(order) + 1))
 
 
 def write_config(folder: Path, text: str = SMALL) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ranked
 
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
@@ -53,7 +54,7 @@ class Bench:
 
     def open(self, settings: SearchConfig) -> Coordinator:
         plan = self.plan if settings.space.criteria else PruningPlan((), {})
-        space = Space(settings.space, plan, BLOCKS)
+        space = Space(settings.space, plan, ranked(BLOCKS))
         return Coordinator(settings, space, BASELINE, self.folder, self.heard.append)
 
 

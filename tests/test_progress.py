@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ranked
 from rich.console import Console
 
 from prunesearch.methods.groups import plan_pruning
@@ -34,7 +35,7 @@ CONFIG = parse_config(
 
 def new(folder: Path, listener: Listener) -> Coordinator:
     plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
-    return Coordinator(CONFIG, Space(CONFIG.space, plan, ()), BASELINE, folder, listener)
+    return Coordinator(CONFIG, Space(CONFIG.space, plan, ranked(())), BASELINE, folder, listener)
 
 
 def ask(coordinator: Coordinator) -> TrialSpec | None:

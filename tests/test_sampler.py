@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ranked
 from optuna.trial import TrialState
 
 from prunesearch.methods.groups import plan_pruning
@@ -43,7 +44,7 @@ def config(sampler: str, **changes: Any) -> SearchConfig:
 
 def new(plan: PruningPlan, sampler: str, num_seeds: int = 3, **changes: Any) -> Sampler:
     settings = config(sampler, **changes)
-    space = Space(settings.space, plan, ORDER)
+    space = Space(settings.space, plan, ranked(ORDER))
     return Sampler(space, settings, space.seeds(num_seeds))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from helpers import ranked
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from prunesearch.methods.groups import plan_pruning
@@ -32,7 +33,7 @@ def config(**space: Any) -> SpaceConfig:
 @pytest.fixture
 def make(plan):
     def space(**options: Any) -> Space:
-        return Space(config(**options), plan, ORDER)
+        return Space(config(**options), plan, ranked(ORDER))
 
     return space
 
@@ -88,7 +89,7 @@ def test_distributions_are_those_that_apply_and_refuse_what_is_outside(make):
 
 
 def test_without_criteria_or_groups_no_channel_dimension_exists(make, plan):
-    for space in (make(criteria=[]), Space(config(), PruningPlan((), {}), ORDER)):
+    for space in (make(criteria=[]), Space(config(), PruningPlan((), {}), ranked(ORDER))):
         (params,) = samples(space, 1)
         assert params.keys() == {f"drop:{block}" for block in ORDER}
         assert space.candidate(params).criterion is None
@@ -110,7 +111,7 @@ def test_a_mask_over_the_limit_drops_the_best_ranked_blocks(make, max_drop, most
 
 def test_a_limit_that_is_a_whole_number_of_blocks_is_not_lost_to_rounding(plan):
     order = tuple(f"b{i}" for i in range(10))
-    spaces = [Space(config(blocks={"max_drop": n / 10}), plan, order) for n in range(11)]
+    spaces = [Space(config(blocks={"max_drop": n / 10}), plan, ranked(order)) for n in range(11)]
     assert [space.max_blocks for space in spaces] == list(range(11))
 
 

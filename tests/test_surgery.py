@@ -238,3 +238,71 @@ def _masked(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
             if isinstance(module, masked_types) and edit.prune.__name__ == "prune_out_channels":
                 module.register_forward_hook(masking(edit.local[removed[edit.root]]))
     return model
+
+
+class _Shuffled(nn.Module):
+    """A channel shuffle, which the dependency graph does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1), nn.Linear(8, 10)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+class _GroupNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 32, 1), nn.GroupNorm(8, 32)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.a(x)).mean((2, 3)))
+
+
+class _ConcatGrouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 12, 1)
+        self.c, self.fc = nn.Conv2d(24, 24, 1, groups=4), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c(torch.cat([self.a(x), self.b(x)], 1)).mean((2, 3)))
+
+
+def test_miswired_groups_are_excluded_with_the_reason() -> None:
+    torch.manual_seed(0)
+    plan = plan_pruning(_Shuffled().eval(), torch.randn(2, 3, 6, 6))
+    assert [group.name for group in plan.groups] == ["b"]
+    assert "masking" in plan.excluded["a"] or "breaks" in plan.excluded["a"]
+    assert "does not reach" in plan.excluded["unused"]
+
+
+def test_group_norm_keeps_whole_columns() -> None:
+    torch.manual_seed(0)
+    model = _GroupNormed().eval()
+    plan = plan_pruning(model, torch.randn(2, 3, 6, 6))
+    assert plan["a"].parts == 8
+    kept = tuple(i for i in range(32) if i % 4 != 1)
+    pruned = apply(model, plan, Recipe((), {"a": kept}))
+    assert pruned(torch.randn(2, 3, 6, 6)).shape == (2, 10)
+
+
+def test_grouped_convolution_behind_a_concatenation_is_left_alone() -> None:
+    torch.manual_seed(0)
+    plan = plan_pruning(_ConcatGrouped().eval(), torch.randn(2, 3, 6, 6))
+    assert {"a", "b"} <= plan.excluded.keys()
+    assert "shares c" in plan.excluded["a"]
+
+
+def test_internal_means_no_residual_add() -> None:
+    model = build_model("torchvision:mobilenet_v3_small", num_classes=10, kwargs={})
+    plan = plan_pruning(model, torch.randn(2, 3, 64, 64))
+    assert plan["features.4.block.0.0"].internal  # coupled with its squeeze-excite gate only
+    assert len(plan["features.4.block.0.0"].layers) > 1
+    assert not plan["features.4.block.3.0"].internal

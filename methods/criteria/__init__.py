@@ -38,6 +38,10 @@ CRITERIA: dict[str, Callable[..., dict[str, Tensor]]] = {
 }
 
 
+DRAWN = frozenset({"random"})
+"""Criteria that draw their scores: each trial needs a draw of its own."""
+
+
 def score_channels(
     name: str,
     model: nn.Module,
