@@ -16,7 +16,7 @@ from ..methods.models.build import build_model
 from ..methods.tasks.classification import ClassificationTask
 from .environment import environment
 
-BATCH = 100
+BATCH = 128  # the default of a task
 GREEDY_STEPS = 3
 
 

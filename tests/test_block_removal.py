@@ -17,6 +17,7 @@ from prunesearch.methods.blocks import removable_blocks, remove_blocks
 from prunesearch.methods.data import load_data
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks import ClassificationTask
+from prunesearch.search.bench import bench_blocks
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,14 @@ def test_half_the_work_is_saved() -> None:
     with FlopCounterMode(display=False) as setup:
         rank_blocks(model, small, blocks, order="random")
     assert flops(False) - setup.get_total_flops() > 1.8 * (flops(True) - setup.get_total_flops())
+
+
+def test_the_benchmark_compares_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench_blocks(model="resnet20", images=8, rounds=1)
+    assert [row["equal"] for row in result["rows"]] == [True, True]
+    assert [row["evaluations"] for row in result["rows"]] == [6, 6 + 5 + 4]
+    captured = capsys.readouterr()
+    assert captured.out == "" and "ratio" in captured.err
 
 
 class InPlace(nn.Module):

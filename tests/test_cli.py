@@ -13,7 +13,7 @@ from helpers import SMALL, write_config
 from safetensors.torch import save_file
 from torch import nn
 
-from prunesearch.search import cli
+from prunesearch.search import ConfigError, cli, runs
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -76,6 +76,8 @@ WRONG = {
     "nothing prunable": (["model.name=test_cli:Tiny"], ["model.name", "prune"]),
     "wrong outputs": (["model.name=test_cli:two_outputs"], ["model.name", "logits", "10"]),
     "GPU that is not there": (["resources.gpu=1"], ["resources.gpu", "no GPU"]),
+    "more cores than there are": (["resources.cpu=512"], ["resources.cpu", "512", "at most"]),
+    "a GPU and a half": (["resources.gpu=1.5"], ["resources.gpu", "1.5", "whole"]),
     "wrong constraint": (["constraints=['speed < 1']"], ["constraints", "speed"]),
 }
 
@@ -115,6 +117,7 @@ def test_existing_run_folder_is_refused_with_the_ways_on(invoke: Invoke, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.yaml").write_text(SMALL)
+    (out / "baseline.json").write_text("{}")
     code, _, err = invoke("run", write_config(tmp_path), "--out", out)
     assert code == 2
     assert "resume" in err and "extend" in err and "--out" in err
@@ -125,6 +128,39 @@ def test_unwritable_output(invoke: Invoke, tmp_path: Path) -> None:
     code, _, err = invoke("run", write_config(tmp_path), "--out", tmp_path / "file" / "out")
     assert code == 2
     assert "--out" in err
+
+
+def test_a_run_folder_in_use_is_refused(invoke: Invoke, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with runs._locked(out):
+        (out / "config.yaml").write_text(SMALL)
+        code, _, err = invoke("resume", out)
+    assert code == 2
+    assert "another process" in err
+
+
+def test_a_run_that_ended_before_its_dense_model_can_be_started_again(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(SMALL)
+    runs.check_new_folder(tmp_path)
+    (tmp_path / "baseline.json").write_text("{}")
+    with pytest.raises(ConfigError, match="resume"):
+        runs.check_new_folder(tmp_path)
+
+
+def test_status_before_the_latency_is_known(invoke: Invoke, tmp_path: Path) -> None:
+    text = SMALL.replace("macs: minimize", "latency_ms: minimize")
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "baseline.json").write_text('{"accuracy": 0.9, "latency_ms": null}')
+    code, out, err = invoke("status", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["hypervolume"] is None
+
+
+def test_ray_client_is_refused(tmp_path: Path) -> None:
+    from prunesearch.search.driver import connect
+
+    with pytest.raises(ConfigError, match="--address auto"), connect("ray://nowhere:10001"):
+        pass
 
 
 @pytest.mark.parametrize("command", ["status", "front", "resume"])
