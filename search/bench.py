@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..methods.block_removal import BlockRanking, rank_blocks
@@ -44,8 +44,23 @@ def bench_blocks(
     finally:
         torch.set_num_threads(before)
     result = {"model": model, "images": images, "threads": threads, "rows": rows}
-    _print(result)
     return result | {"environment": environment()}
+
+
+def blocks_table(result: Mapping[str, Any]) -> Table:
+    """`bench_blocks` for people."""
+    table = Table(
+        title=f"Block ranking of {result['model']}, {result['images']} images, "
+        f"{result['threads']} thread(s), {result['environment']['cpu']}"
+    )
+    for column in ("order", "evaluations", "full s", "suffix s", "ratio (range)", "equal"):
+        table.add_column(column)
+    for row in result["rows"]:
+        ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        times = (f"{row['full_s']:.1f}", f"{row['suffix_s']:.1f}")
+        equal = "to the last digit" if row["equal"] else "NO"
+        table.add_row(row["order"], str(row["evaluations"]), *times, ratio, equal)
+    return table
 
 
 def _compare(name: str, images: int, rounds: int, order: str) -> dict[str, Any]:
@@ -77,18 +92,3 @@ def _compare(name: str, images: int, rounds: int, order: str) -> dict[str, Any]:
         "ratio_high": max(ratios),
         "equal": all((a.order, a.path) == (b.order, b.path) for a, b in pairs),
     }
-
-
-def _print(result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"Block ranking of {result['model']}, {result['images']} images, "
-        f"{result['threads']} thread(s)"
-    )
-    for column in ("order", "evaluations", "full s", "suffix s", "ratio (range)", "equal"):
-        table.add_column(column)
-    for row in result["rows"]:
-        ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-        times = (f"{row['full_s']:.1f}", f"{row['suffix_s']:.1f}")
-        equal = "to the last digit" if row["equal"] else "NO"
-        table.add_row(row["order"], str(row["evaluations"]), *times, ratio, equal)
-    Console(stderr=True).print(table)

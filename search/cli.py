@@ -258,11 +258,13 @@ def bench_blocks_command(
     as_json: AsJson = False,
 ) -> None:
     """Time block ranking by suffix-only evaluation against full forwards."""
-    from .bench import bench_blocks
+    from .bench import bench_blocks, blocks_table
 
     result = bench_blocks(model=model, images=images, rounds=rounds)
     if as_json:
         out.print_json(json.dumps(result))
+    else:
+        _print_wide(blocks_table(result))
 
 
 @bench.command("controls")

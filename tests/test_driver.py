@@ -1,0 +1,48 @@
+"""The driver's parts that need no Ray: the watchdog, and what is refused before Ray starts."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from prunesearch.search import ConfigError, parse_config
+from prunesearch.search.config import SearchConfig
+from prunesearch.search.driver import _watchdog, check_local
+
+
+def _config(**sections: dict[str, object]) -> SearchConfig:
+    return parse_config({"model": {"name": "resnet20"}, "data": {"name": "digits"}, **sections})
+
+
+def test_watchdog_ends_a_hung_trial_and_says_which_key_did_it() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="resources.trial_timeout_s"), _watchdog(0.05):
+        time.sleep(5)
+    assert time.monotonic() - start < 4
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_watchdog_lets_a_quick_trial_pass() -> None:
+    for limit in (None, 30.0):
+        with _watchdog(limit):
+            pass
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"resources": {"cpu": 4096}}, "resources.cpu"),
+        ({"resources": {"gpu": 4096}}, "resources.gpu"),
+        ({"latency": {"threads": 4096}}, "latency.threads"),
+    ],
+)
+def test_a_local_ray_is_not_asked_for_more_than_there_is(
+    sections: dict[str, dict[str, object]], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"`{key}` .=4096. must be at most"):
+        check_local(_config(**sections))
+    check_local(_config())
