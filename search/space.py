@@ -130,7 +130,8 @@ class Space:
     def seeds(self, limit: int) -> list[Seed]:
         """Known good starts: dense, each criterion's uniform ladder, the ranked block path.
 
-        Seeds that the space's bounds do not admit are left out, and so are repeated ones.
+        Each ladder gives every second rung first, so that few seeds already span it. Seeds that
+        the space's bounds do not admit are left out, and so are repeated ones.
         """
         ladders: list[list[Seed]] = [
             [
@@ -143,6 +144,7 @@ class Space:
             [Seed("seed: ranked blocks", self._ranked(n)) for n in range(1, self.max_blocks + 1)]
         )
         ordered = [Seed("seed: dense", self._ranked(0))]
+        ladders = [ladder[1::2] + ladder[::2] for ladder in ladders]
         ordered += [s for row in zip_longest(*ladders) for s in row if s is not None]
         admitted: list[Seed] = []
         known: set[Candidate] = set()
