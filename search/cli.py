@@ -360,9 +360,9 @@ def _print_wide(table: Any) -> None:
 
 def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:
     """The two asked metrics as objectives; None when neither is asked."""
+    from ..methods.names import nearest
     from .config import METRICS
     from .runs import axes
-    from .yaml_source import nearest
 
     for option, metric in (("--x", x), ("--y", y)):
         if metric is not None and metric not in METRICS:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..methods.names import nearest
 from .config_errors import RuleError, explain
 from .metrics import METRICS, Constraint, check_constraints, check_objectives
 from .yaml_source import (
@@ -27,7 +28,6 @@ from .yaml_source import (
     Source,
     dotted,
     mapping_source,
-    nearest,
     read_source,
     write_yaml,
 )

@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from .yaml_source import Loc, Source, dotted, nearest, show
+from ..methods.names import nearest
+from .yaml_source import Loc, Source, dotted, show
 
 _RULES = {
     "greater_than": "be greater than {gt:.12g}",
@@ -89,7 +90,7 @@ def _line(mistake: dict[str, Any], root: type[BaseModel], source: Source) -> str
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         rule = _rule(kind, {**context, "choices": ", ".join(choices)})
         rule += f": it is {info.description}" if info and info.description else ""
-        fix = nearest(str(value), choices) + _fix(info)
+        fix = f"{nearest(str(value), choices)} {_fix(info)}".strip()
     return f"{source.where(loc)}: `{dotted(loc)}` (={show(value)}) must {rule}. {fix}".rstrip()
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ..methods.names import nearest
 from .config_errors import RuleError
 from .metrics import METRICS, Constraint
 from .records import TrialResult, TrialStatus
-from .yaml_source import ConfigError, nearest
+from .yaml_source import ConfigError
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

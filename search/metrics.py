@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from ..methods.names import nearest
 from .config_errors import RuleError
-from .yaml_source import nearest
 
 METRICS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",

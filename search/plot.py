@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..methods.names import nearest
 from .front import front_of
 from .metrics import METRICS
 from .records import TrialResult, TrialStatus
 from .store import atomic_write_bytes
-from .yaml_source import ConfigError, nearest
+from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

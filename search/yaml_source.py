@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
+
+from ..methods.names import nearest
 
 Loc = tuple[str | int, ...]
 
@@ -149,12 +150,6 @@ def _flow(value: object) -> str:
     return " ".join(str(value).split()) or "''"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`Did you mean `x`? ` for the known name most like `name`, or an empty text."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"Did you mean `{match[0]}`? " if match else ""
-
-
 def _apply(source: Source, overrides: Sequence[str]) -> None:
     mistakes = []
     for assignment in overrides:
@@ -173,7 +168,7 @@ def _read_text(path: Path) -> str:
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(
             f"{path}: the file must exist: there is none of that name."
-            f" {nearest(path.name, siblings)}Check the path."
+            f" {nearest(path.name, siblings)} Check the path.".replace("  ", " ")
         ) from None
     except IsADirectoryError:
         raise ConfigError(

@@ -7,14 +7,15 @@ the model as it was, bit for bit. Go through `score_channels`, which seeds and c
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..names import unknown_name
+from ..options import check_options
 from .fgp import fgp
 from .magnitude import magnitude_l1, magnitude_l2
 from .random import random
@@ -98,51 +99,14 @@ def validate_options(name: str, options: Mapping[str, Any]) -> None:
         ValueError: If the criterion or an option is unknown, or a value is not allowed.
     """
     if name not in CRITERIA:
-        raise ValueError(
-            f"`criterion` (={name!r}) must be one of {', '.join(CRITERIA)}: there is no other. "
-            + _nearest(name, CRITERIA)
-        )
-    parameters = inspect.signature(CRITERIA[name]).parameters
-    known = [p for p in parameters if p not in ("model", "task", "layers", "generator")]
-    types = get_type_hints(CRITERIA[name])
-    for option, value in options.items():
-        if option not in known:
-            raise ValueError(
-                f"`{name}.{option}` (={value!r}) must be an option of the criterion: it has "
-                f"{', '.join(known) or 'none'}. " + _nearest(option, known)
-            )
-        _check_value(f"{name}.{option}", value, types[option])
+        raise ValueError(unknown_name("criterion", name, CRITERIA))
+    check_options(name, CRITERIA[name], options, without=("generator",))
 
 
 def describe(name: str) -> str:
     """One line about the criterion `name`."""
     validate_options(name, {})
     return (inspect.getdoc(CRITERIA[name]) or "").splitlines()[0]
-
-
-def _check_value(field: str, value: Any, expected: Any) -> None:
-    if get_origin(expected) is Literal:
-        allowed = get_args(expected)
-        if value not in allowed:
-            raise ValueError(
-                f"`{field}` (={value!r}) must be one of {', '.join(allowed)}: there is no other. "
-                + _nearest(str(value), allowed)
-            )
-        return
-    assert expected == Sequence[int] | None, f"no check for {field}: {expected}"
-    if value is None:
-        return
-    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not (is_list and all(type(item) is int for item in value)):
-        raise ValueError(
-            f"`{field}` (={value!r}) must be a list of class indices: the criterion uses only "
-            f"images of these classes. Write for example [0, 1], or leave it out for all."
-        )
-
-
-def _nearest(given: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(given, list(known), n=1)
-    return f"Did you mean {matches[0]!r}?" if matches else "Use one of these or leave it out."
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

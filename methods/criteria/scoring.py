@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..names import nearest
 
 Layer = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
@@ -60,11 +61,10 @@ def get_layer(model: nn.Module, name: str) -> Layer:
     if isinstance(layer := modules.get(name), Layer):
         return layer
     known = [n for n, module in modules.items() if isinstance(module, Layer)]
-    nearest = difflib.get_close_matches(name, known, n=1)
     raise ValueError(
         f"`layers` (={name!r}) must name a convolution or linear layer of the model: "
         f"{'it is a ' + type(layer).__name__ if layer else 'the model has no such module'}. "
-        + (f"Did you mean {nearest[0]!r}?" if nearest else f"Use one of {known[:8]}.")
+        + (nearest(name, known) or f"Use one of {known[:8]}.")
     )
 
 
