@@ -1,4 +1,4 @@
-"""Ranks the blocks of a model by what removing them costs, without training.
+"""Ranks the blocks of a model by what removing them costs.
 
 Direct block removal: a block is as important as the accuracy that is lost without it. Accuracy
 and loss are measured on the task's calibration split, which is part of the training data.
@@ -9,45 +9,35 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .block_evaluation import BlockStep, Evaluator, RankingTask
+from .block_orders import (
+    Candidates,
+    Finetuned,
+    Fresh,
+    Score,
+    attribution,
+    greedy,
+    oneshot,
+    optimum,
+    sr_init,
+)
 from .names import unknown_name
-from .replay import Outputs, Replay
 from .trace import eval_mode
 
-Order = Literal["greedy", "oneshot", "exhaustive", "sequential", "random"]
-Score = Literal["accuracy", "loss"]
+__all__ = ["BlockRanking", "BlockStep", "RankingTask", "exhaustive", "rank_blocks"]
+
+Order = Literal[
+    "greedy", "oneshot", "exhaustive", "sequential", "random", "sr_init", "attribution"
+]
+FinetuneFrom = Literal["original", "cumulative"]
 MAX_EXHAUSTIVE = 12  # blocks: 4,096 subsets
-
-
-class RankingTask(Protocol):
-    """What block removal needs of a task."""
-
-    def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Fixed batches of images [B, C, H, W] and labels [B], on the model's device."""
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar."""
-
-
-@dataclass(frozen=True)
-class BlockStep:
-    """The model without some blocks, measured on the calibration split.
-
-    Attributes:
-        removed: The blocks left out.
-        accuracy: Fraction of the images, 0..1.
-        loss: Mean over the images.
-    """
-
-    removed: tuple[str, ...]
-    accuracy: float
-    loss: float
+FINETUNED_ORDERS = ("greedy", "oneshot")
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,9 @@ class BlockRanking:
     Attributes:
         order: All blocks, the one to remove first in front.
         path: What was measured along the order. Greedy: the model after each removal; oneshot:
-            the model without that one block; exhaustive: the best subset of each size;
-            sequential and random: nothing.
+            the model without that one block; sr_init: the model with that one block
+            re-initialised, mean of all draws; exhaustive: the best subset of each size;
+            sequential, random and attribution: nothing.
         method: Which order it is.
         evaluations: How many models were evaluated on the whole calibration split.
         seconds: Wall time.
@@ -90,53 +81,85 @@ def rank_blocks(
     seed: int = 0,
     max_drop: int | None = None,
     suffix_only: bool = True,
+    score_finetune_epochs: float = 0.0,
+    finetune_from: FinetuneFrom = "original",
+    finetune_lr: float = 1e-3,
+    sr_samples: int = 1,
+    fresh: Fresh | None = None,
 ) -> BlockRanking:
     """Orders blocks by how little the model suffers without them.
 
     greedy: remove the block whose removal leaves the best score, measure the rest again, repeat.
     oneshot: measure each block alone, once. exhaustive: the best of all subsets of each size.
-    sequential: from the model's end. random: by `seed`.
+    sequential: from the model's end. random: by `seed`. sr_init: give one block at a time the
+    state of a newly initialised one; the smallest drop goes first (SR-init, arXiv:2303.07677).
+    attribution: least |gradient x activation| first (see `layer_attribution`).
     Of equal scores the block nearer to the model's end goes first.
 
     Args:
         model: Left as it was. Run in eval mode.
-        task: Supplies the calibration split.
+        task: Supplies the calibration split; for fine-tuning the training batches too.
         blocks: Names that `removable_blocks` returns.
         order: How they are ordered.
         score: `accuracy` (high is good) or `loss` (low is good).
-        seed: Of the random order.
+        seed: Of all that is random: the random order, sr_init, attribution, fine-tuning.
         max_drop: Greedy stops measuring after this many removals; the blocks left follow in the
             order of the last measurement.
         suffix_only: Run only what follows the removed block. The numbers are the same to the last
-            digit; a model that does not allow it is run whole.
+            digit; a model that does not allow it is run whole, and so is a fine-tuned one.
+        score_finetune_epochs: Greedy and oneshot fine-tune a copy of the model for so long before
+            they measure a removal; a fraction trains on that share of an epoch.
+        finetune_from: Greedy fine-tunes each removal from the model's `original` weights, or from
+            those that the removal before it ended with (`cumulative`).
+        finetune_lr: Peak learning rate of that.
+        sr_samples: sr_init takes the mean over so many draws.
+        fresh: Returns a newly initialised model like `model`, for sr_init. By default every
+            module's `reset_parameters` draws a block anew.
 
     Returns:
         The ranking.
 
     Raises:
-        ValueError: If a name is unknown, or a block is not called once with one tensor.
+        ValueError: If a name is unknown, a number is out of range, or a block is not called once
+            with one tensor; for sr_init, if a block cannot be drawn anew.
+        FloatingPointError: If a loss is no longer finite in fine-tuning.
     """
     _check_name("order", order, get_args(Order))
     _check_name("score", score, get_args(Score))
-    if max_drop is not None and max_drop < 0:
-        raise ValueError(
-            f"`max_drop` (={max_drop}) must be at least 0: it counts removals. Leave it out to "
-            "rank all blocks."
-        )
+    _check_name("finetune_from", finetune_from, get_args(FinetuneFrom))
+    _check_numbers(order, max_drop, score_finetune_epochs, sr_samples)
     started = time.perf_counter()
     with eval_mode(model):
-        evaluator = _Evaluator(model, task, blocks, suffix_only)
+        evaluator = Evaluator(model, task, blocks, suffix_only)
+        candidates: Candidates = evaluator
+        if score_finetune_epochs > 0:
+            evaluator.suffix_only = False
+            candidates = Finetuned(
+                evaluator,
+                model,
+                task,
+                epochs=score_finetune_epochs,
+                lr=finetune_lr,
+                cumulative=finetune_from == "cumulative",
+                seed=seed,
+            )
         path: list[BlockStep] = []
         names = list(reversed(evaluator.blocks))
         if order == "random":
             random.Random(seed).shuffle(names)
         elif order == "oneshot":
-            path = _sorted(evaluator.without_each((), evaluator.blocks), score)
-            names = [step.removed[-1] for step in path]
+            names, path = oneshot(candidates, score)
         elif order == "exhaustive":
-            names, path = _optimum(evaluator, score)
+            _check_exhaustive(evaluator.blocks)
+            names, path = optimum(evaluator, score)
         elif order == "greedy":
-            names, path = _greedy(evaluator, score, max_drop)
+            names, path = greedy(candidates, score, max_drop)
+        elif order == "sr_init":
+            names, path = sr_init(
+                evaluator, model, score, seed=seed, samples=sr_samples, fresh=fresh
+            )
+        elif order == "attribution":
+            names, path = attribution(evaluator, model, task, seed=seed)
     return BlockRanking(
         order=tuple(names),
         path=tuple(path),
@@ -168,110 +191,8 @@ def exhaustive(
     """
     _check_exhaustive(blocks)
     with eval_mode(model):
-        steps = _Evaluator(model, task, blocks, suffix_only).every_subset()
+        steps = Evaluator(model, task, blocks, suffix_only).every_subset()
     return {step.removed: step.accuracy for step in steps}
-
-
-class _Evaluator:
-    """Measures models without blocks, batch by batch so that one batch's activations are kept."""
-
-    def __init__(
-        self, model: nn.Module, task: RankingTask, blocks: Sequence[str], suffix_only: bool
-    ) -> None:
-        batches = task.calibration_batches()
-        self._replay = Replay(model, blocks, batches[0][0][:2])
-        self._loss = task.loss
-        self._batches = [
-            part
-            for images, labels in batches
-            for part in zip(
-                torch.split(images, self._replay.max_images),
-                torch.split(labels, self._replay.max_images),
-                strict=True,
-            )
-        ]
-        self.blocks = self._replay.blocks
-        self.suffix_only = suffix_only and self._replay.exact
-        self.evaluations = 0
-
-    def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
-        """The model without `removed` and one more of `blocks`, which come in forward order."""
-
-        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-            sets = [(*removed, block) for block in blocks]
-            if not (self.suffix_only and sets):
-                yield from ((names, self._replay.run(images, names)) for names in sets)
-                return
-            # Up to the last block, the model without it is what the others start from.
-            *earlier, last = sets
-            result, outputs = self._replay.record(images, last)
-            for names in earlier:
-                yield names, self._replay.run(images, names, start=names[-1], outputs=outputs)
-            yield last, result
-
-        return self._measure(logits)
-
-    def every_subset(self) -> list[BlockStep]:
-        """The model without each subset of the blocks."""
-
-        def visit(
-            images: Tensor, removed: tuple[str, ...], first: int, outputs: Outputs | None
-        ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-            if self.suffix_only:
-                start = removed[-1] if removed else None
-                result, outputs = self._replay.record(
-                    images, removed, start=start, outputs=outputs
-                )
-            else:
-                result = self._replay.run(images, removed)
-            yield removed, result
-            for index in range(first, len(self.blocks)):
-                yield from visit(images, (*removed, self.blocks[index]), index + 1, outputs)
-
-        return self._measure(lambda images: visit(images, (), 0, None))
-
-    def _measure(
-        self, logits: Callable[[Tensor], Iterator[tuple[tuple[str, ...], Tensor]]]
-    ) -> list[BlockStep]:
-        """Accuracy and loss over all batches, for each set of blocks that `logits` yields."""
-        totals: dict[tuple[str, ...], Tensor] = {}
-        num_images = 0
-        for images, labels in self._batches:
-            num_images += len(labels)
-            for removed, output in logits(images):
-                correct = (output.argmax(1) == labels).sum()
-                loss = self._loss(output, labels) * len(labels)
-                sums = torch.stack([correct.double(), loss.double()])
-                totals[removed] = totals[removed] + sums if removed in totals else sums
-        self.evaluations += len(totals)
-        means = {removed: (sums / num_images).tolist() for removed, sums in totals.items()}
-        return [BlockStep(removed, *mean) for removed, mean in means.items()]
-
-
-def _greedy(
-    evaluator: _Evaluator, score: Score, max_drop: int | None
-) -> tuple[list[str], list[BlockStep]]:
-    left = list(evaluator.blocks)
-    path: list[BlockStep] = []
-    steps = len(left) if max_drop is None else min(max_drop, len(left))
-    rest = list(reversed(left))
-    for _ in range(steps):
-        removed = path[-1].removed if path else ()
-        ranked = _sorted(evaluator.without_each(removed, left), score)
-        path.append(ranked[0])
-        left.remove(ranked[0].removed[-1])
-        rest = [step.removed[-1] for step in ranked[1:]]
-    return [*(path[-1].removed if path else ()), *rest], path
-
-
-def _optimum(evaluator: _Evaluator, score: Score) -> tuple[list[str], list[BlockStep]]:
-    """Single removals in order, and the best subset of each size: brute force."""
-    _check_exhaustive(evaluator.blocks)
-    steps = evaluator.every_subset()
-    sizes = range(1, len(evaluator.blocks) + 1)
-    ranked = [_sorted([s for s in steps if len(s.removed) == size], score) for size in sizes]
-    singles = [step.removed[0] for step in ranked[0]] if ranked else []
-    return singles, [best[0] for best in ranked]
 
 
 def _check_exhaustive(blocks: Sequence[str]) -> None:
@@ -282,14 +203,27 @@ def _check_exhaustive(blocks: Sequence[str]) -> None:
         )
 
 
-def _sorted(steps: list[BlockStep], score: Score) -> list[BlockStep]:
-    """Best first; of equal ones the later block, whose steps come last in `steps`, first."""
-
-    def badness(step: BlockStep) -> float:
-        value = -step.accuracy if score == "accuracy" else step.loss
-        return math.inf if math.isnan(value) else value
-
-    return sorted(reversed(steps), key=badness)
+def _check_numbers(order: str, max_drop: int | None, epochs: float, sr_samples: int) -> None:
+    if max_drop is not None and max_drop < 0:
+        raise ValueError(
+            f"`max_drop` (={max_drop}) must be at least 0: it counts removals. Leave it out to "
+            "rank all blocks."
+        )
+    if not (epochs >= 0 and math.isfinite(epochs)):
+        raise ValueError(
+            f"`score_finetune_epochs` (={epochs}) must be a finite number from 0 up: it is how "
+            "long each candidate is trained. Use 0 to measure without training."
+        )
+    if epochs > 0 and order not in FINETUNED_ORDERS:
+        raise ValueError(
+            f"`score_finetune_epochs` (={epochs}) must be 0 with order {order}: only "
+            f"{' and '.join(FINETUNED_ORDERS)} train what they measure. Set it to 0, or change "
+            "the order."
+        )
+    if sr_samples < 1:
+        raise ValueError(
+            f"`sr_samples` (={sr_samples}) must be at least 1: it counts draws. Use 1."
+        )
 
 
 def _check_name(field: str, name: str, known: Sequence[str]) -> None:

@@ -87,7 +87,7 @@ def finetune(
     """
     if epochs <= 0:
         return
-    sizes = _epoch_sizes(epochs, task.num_train)
+    sizes = epoch_sizes(epochs, task.num_train)
     total = sum(_num_batches(size, task.batch_size) for size in sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -136,7 +136,7 @@ def _loss(
     return loss
 
 
-def _epoch_sizes(epochs: float, num_train: int) -> list[int]:
+def epoch_sizes(epochs: float, num_train: int) -> list[int]:
     """Images of each pass: whole ones, then the fraction."""
     whole = int(epochs)
     rest = round((epochs - whole) * num_train)

@@ -68,7 +68,7 @@ class Replay:
         Args:
             images: [B, C, H, W].
             removed: The blocks to leave out.
-            start: Of the `removed` ones, the one to start from; the whole model by default.
+            start: The block to start from; the whole model by default.
             outputs: From a `record` of these images, without `removed` except what comes at or
                 after `start`.
 

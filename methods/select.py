@@ -1,15 +1,18 @@
-"""From scores to kept channels: `num_kept`, the selection rules, FGP's retain modes."""
+"""From scores to kept channels: `num_kept`, the rules of one group, the rule `global`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Retain = Literal["peak_k", "peak30", "peak50_rand30", "bot50_rand30", "rand30"]
+from .names import unknown_name
+
+Retain = Literal["peak30", "peak50_rand30", "bot50_rand30", "rand30"]
+RETAINED = 0.3  # of the channels, in every retain mode
 
 _ROUNDING = 1e-9  # what binary fractions may add: 0.07 * 100 is a little more than 7
 
@@ -90,18 +93,51 @@ SELECTION_RULES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def select_global(
+    scores: Mapping[str, Tensor], keep: float, *, round_to: int = 1, normalize: bool = True
+) -> dict[str, Tensor]:
+    """Keeps the channels of highest score among all groups together.
+
+    Every group keeps at least its best channel, so that the model stays connected.
+
+    Args:
+        scores: Importance of each channel of each group, [channels]; higher means keep.
+        keep: Fraction of all channels kept, in (0, 1].
+        round_to: Widths become multiples of it, see `num_kept`.
+        normalize: Divide the scores of a group by their mean first. Off for scores that can be
+            compared between layers as they are (batch-norm scales, LAMP, losses).
+
+    Returns:
+        Group to the indices of its kept channels, int64 on the CPU, ascending. Of equal scores
+        the one of the earlier group, then of the lower index, is kept.
+
+    Raises:
+        ValueError: If the scores are not finite, or `keep` or `round_to` is out of range.
+    """
+    orders = {name: _ranking(values) for name, values in scores.items()}
+    comparable = {name: _comparable(values, normalize) for name, values in scores.items()}
+    everything = torch.cat(list(comparable.values()))
+    kept = torch.zeros(len(everything), dtype=torch.bool)
+    kept[_ranking(everything)[: num_kept(len(everything), keep)]] = True
+    parts = torch.split(kept, [len(order) for order in orders.values()])
+    selected = {}
+    for (name, order), part in zip(orders.items(), parts, strict=True):
+        count = _rounded(max(1, int(part.sum())), len(order), round_to)
+        selected[name] = _sorted(order[:count])
+    return selected
+
+
 def select_retain(
-    scores: Tensor, retain: Retain, generator: torch.Generator, *, k: float = 0.4
+    scores: Tensor, retain: Retain, generator: torch.Generator, *, round_to: int = 1
 ) -> Tensor:
-    """The ways of choosing channels that FGP compares (Fig. 4).
+    """The ways of choosing 30 % of the channels that FGP compares (Fig. 4).
 
     Args:
         scores: Importance of each channel, [channels]; higher means keep.
-        retain: `peak_k`: `select_cumulative` with `k`. `peak30`: the best 30 % of the channels.
-            `rand30`: 30 % of the channels at random. `peak50_rand30` and `bot50_rand30`: as many,
-            drawn at random from the better or the worse half (the middle one is in both).
+        retain: `peak30`: the best. `rand30`: at random. `peak50_rand30` and `bot50_rand30`: at
+            random from the better or the worse half (the middle one is in both).
         generator: CPU generator of the random choices.
-        k: Used by `peak_k` alone.
+        round_to: See `num_kept`.
 
     Returns:
         Indices of the kept channels, int64 on the CPU, ascending.
@@ -110,14 +146,9 @@ def select_retain(
         ValueError: If `retain` is unknown or the scores are not finite.
     """
     if retain not in get_args(Retain):
-        raise ValueError(
-            f"`retain` (={retain!r}) must be one of {', '.join(get_args(Retain))}: there is no "
-            f"other. Use one of these."
-        )
-    if retain == "peak_k":
-        return select_cumulative(scores, k)
+        raise ValueError(unknown_name("retain", retain, get_args(Retain)))
     order = _ranking(scores)
-    count, half = num_kept(len(order), 0.3), math.ceil(len(order) / 2)
+    count, half = num_kept(len(order), RETAINED, round_to=round_to), math.ceil(len(order) / 2)
     if retain == "peak30":
         return _sorted(order[:count])
     pool = {
@@ -141,6 +172,12 @@ def _ranking(scores: Tensor) -> Tensor:
             "Check the model that was scored."
         )
     return scores.detach().cpu().argsort(descending=True, stable=True)
+
+
+def _comparable(scores: Tensor, normalize: bool) -> Tensor:
+    values = scores.detach().cpu().double()
+    mean = values.mean()
+    return values / mean if normalize and mean > 0 else values
 
 
 def _rounded(count: int, channels: int, round_to: int) -> int:

@@ -183,6 +183,28 @@ def apply(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
     return model
 
 
+def group_norms(model: nn.Module, plan: PruningPlan) -> dict[str, tuple[str, ...]]:
+    """The batch norms whose channels are exactly those of an internal group, by group.
+
+    Groups without one, and groups that cross a residual add, are left out: scaling their channels
+    to zero would not remove them (DSD, section 4.1).
+    """
+    found = {}
+    for group in plan.groups:
+        every = torch.arange(group.num_channels)
+        norms = {
+            edit.target
+            for edit in group.edits
+            if edit.target
+            and isinstance(_item(model, edit.target), nn.BatchNorm2d)
+            and torch.equal(edit.local, every)
+            and torch.equal(edit.root, every)
+        }
+        if group.internal and norms:
+            found[group.name] = tuple(sorted(norms))
+    return found
+
+
 def layer_widths(model: nn.Module) -> dict[str, int]:
     """Output channels of every convolution and linear layer of `model`, in module order."""
     return {name: num_outputs(m) for name, m in model.named_modules() if isinstance(m, PRODUCERS)}
@@ -215,6 +237,13 @@ def _check(plan: PruningPlan, recipe: Recipe) -> None:
                     f"`kept.{name}` must keep the same channels in each of the layer's "
                     f"{group.parts} convolution groups. Select whole columns."
                 )
+
+
+def _item(model: nn.Module, target: str) -> nn.Module | nn.Parameter:
+    """The module or bare parameter that an edit changes."""
+    module_name, _, leaf = target.rpartition(".")
+    item: nn.Module | nn.Parameter = getattr(model.get_submodule(module_name), leaf)
+    return item
 
 
 def _remove(

@@ -162,6 +162,25 @@ def front(
 
 
 @app.command()
+def sparse(
+    run_dir: RunDir,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the histograms of the scales.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the sparse trainings of a run, and how their batch-norm scales moved."""
+    from .runs import Run
+    from .sparse import plot_sparse, sparse_table, sparse_trainings
+
+    trainings = sparse_trainings(Run(run_dir).folder)
+    if plot is not None:
+        plot_sparse(trainings, plot)
+        err.print(f"wrote {plot}", markup=False, highlight=False)
+    out.print_json(json.dumps(trainings)) if as_json else out.print(sparse_table(trainings))
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.")],
@@ -265,6 +284,20 @@ def bench_blocks_command(
         out.print_json(json.dumps(result))
     else:
         _print_wide(blocks_table(result))
+
+
+@bench.command("criteria")
+def bench_criteria_command(
+    model: str = "resnet56",
+    images: int = 512,
+    rounds: int = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Time each channel criterion beside one pass over the calibration images."""
+    from .bench import bench_criteria, criteria_table
+
+    result = bench_criteria(model=model, images=images, rounds=rounds)
+    out.print_json(json.dumps(result)) if as_json else _print_wide(criteria_table(result))
 
 
 @bench.command("controls")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,7 +88,7 @@ def check_names(
     Raises:
         ConfigError: With one line for every unknown name or option.
     """
-    from ..methods.criteria import CRITERIA, validate_options
+    from ..methods.criteria import known_methods, validate_options
     from ..methods.data import DATASETS
     from ..methods.models import MODELS
 
@@ -99,8 +99,8 @@ def check_names(
     mistakes += _unknown(source, ("data", "name"), config.data.name.replace("-", "_"), DATASETS)
     for index, criterion in enumerate(config.space.criteria):
         loc = ("space", "criteria", index)
-        if criterion.name not in CRITERIA:
-            mistakes += _unknown(source, loc, criterion.name, CRITERIA)
+        if criterion.name not in known_methods():
+            mistakes += _unknown(source, loc, criterion.name, known_methods())
             continue
         try:
             validate_options(criterion.name, criterion.options)
@@ -229,11 +229,17 @@ class BlocksConfig(_Section):
     mode: Literal["mask", "ranked", "none"] = Field(
         default="mask", description="how blocks are searched"
     )
-    order: Literal["greedy", "oneshot", "exhaustive", "sequential", "random"] = Field(
-        default="greedy", description="how blocks are ranked"
-    )
+    order: Literal[
+        "greedy", "oneshot", "exhaustive", "sequential", "random", "sr_init", "attribution"
+    ] = Field(default="greedy", description="how blocks are ranked")
     score: Literal["accuracy", "loss"] = Field(
         default="accuracy", description="what a removal must not cost"
+    )
+    score_finetune_epochs: float = Field(
+        default=0.0, ge=0, description="fine-tuning of each candidate removal before it is scored"
+    )
+    finetune_from: Literal["original", "cumulative"] = Field(
+        default="original", description="the weights that such fine-tuning starts from"
     )
     valid: Literal["paper", "residual"] = Field(
         default="paper", description="which blocks are removable"
@@ -241,6 +247,17 @@ class BlocksConfig(_Section):
     max_drop: float = Field(
         default=0.5, ge=0, le=1, description="the largest fraction of blocks removed"
     )
+
+    @model_validator(mode="after")
+    def _finetuned_orders(self) -> BlocksConfig:
+        if self.score_finetune_epochs > 0 and self.order not in ("greedy", "oneshot"):
+            raise RuleError(
+                f"be 0 where `order` is {self.order}: only greedy and oneshot score removals",
+                "score_finetune_epochs",
+                value=self.score_finetune_epochs,
+                fix="Delete it, or set order: greedy.",
+            )
+        return self
 
 
 class KeepConfig(_Range):
@@ -272,6 +289,45 @@ class TopKConfig(_Range):
     )
 
 
+class MacsConfig(_Range):
+    """The fractions of the dense model's MACs kept by the rule `macs`."""
+
+    low: float = Field(default=0.2, gt=0, le=1, description="the smallest fraction of MACs kept")
+    high: float = Field(default=0.9, gt=0, le=1, description="the largest fraction of MACs kept")
+
+
+class DsdLambdaConfig(_Range):
+    """The strengths of sparse training (criterion `dsd`), taken from a grid of `num` values.
+
+    A grid, so that trials ask for the same sparse training and share it.
+    """
+
+    low: float = Field(default=1e-5, gt=0, description="the smallest strength")
+    high: float = Field(default=1e-2, gt=0, description="the largest strength")
+    log: bool = Field(default=True, description="whether the grid is even in the logarithm")
+    num: int = Field(default=7, ge=1, description="the number of values in the grid")
+
+
+class DsdQConfig(_Range):
+    """The fractions of channels that sparse training drives to zero and pruning then removes."""
+
+    low: float = Field(default=0.3, gt=0, lt=1, description="the smallest fraction removed")
+    high: float = Field(default=0.7, gt=0, lt=1, description="the largest fraction removed")
+    step: float = Field(default=0.1, gt=0, lt=1, description="the step between two fractions")
+
+
+SelectionRule = Literal[
+    "ratio",
+    "cumulative",
+    "global",
+    "macs",
+    "peak30",
+    "peak50_rand30",
+    "bot50_rand30",
+    "rand30",
+]
+
+
 class SpaceConfig(_Section):
     """What is searched."""
 
@@ -281,10 +337,16 @@ class SpaceConfig(_Section):
     )
     blocks: BlocksConfig = Field(default_factory=BlocksConfig)
     keep: KeepConfig = Field(default_factory=KeepConfig)
-    select: Annotated[tuple[Literal["ratio", "cumulative"], ...], Field(strict=False)] = Field(
+    select: Annotated[tuple[SelectionRule, ...], Field(strict=False)] = Field(
         default=("ratio", "cumulative"), description="how scores become kept channels"
     )
     top_k: TopKConfig = Field(default_factory=TopKConfig)
+    macs_keep: MacsConfig = Field(default_factory=MacsConfig)
+    dsd_lambda: DsdLambdaConfig = Field(default_factory=DsdLambdaConfig)
+    dsd_q: DsdQConfig = Field(default_factory=DsdQConfig)
+    dsd_epochs: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)
+    ] = Field(default=(6.0,), description="passes of sparse training over the training images")
 
     @property
     def criterion_names(self) -> tuple[str, ...]:
@@ -306,6 +368,28 @@ class SpaceConfig(_Section):
         return self
 
 
+class SparseTrainingConfig(_Section):
+    """How the criterion `dsd` trains; its strength and length are dimensions of the space."""
+
+    lr: float = Field(default=0.01, gt=0, description="the learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="the momentum of SGD")
+    weight_decay: float = Field(default=1e-4, ge=0, description="the weight decay of SGD")
+
+
+class ReconstructConfig(_Section):
+    """Pruning block by block, each taught to answer noise as the dense one does (BlockWIPG)."""
+
+    steps: int = Field(
+        default=0, ge=0, description="in how many steps widths are reached; 0 is off"
+    )
+    epochs: int = Field(default=10, ge=0, description="passes over the noise, a block and step")
+    lr: float = Field(default=0.003, gt=0, description="Adam's learning rate")
+    num_vectors: int = Field(default=256, ge=2, description="noise images, a block and step")
+    labels: bool = Field(
+        default=False, description="whether each block is also trained on labelled images"
+    )
+
+
 class RecoverConfig(_Section):
     """How a pruned model gets its accuracy back."""
 
@@ -317,6 +401,7 @@ class RecoverConfig(_Section):
     distill: float = Field(
         default=0.0, ge=0, le=1, description="the weight of the dense model's outputs"
     )
+    reconstruct: ReconstructConfig = Field(default_factory=ReconstructConfig)
 
 
 class SamplerConfig(_Section):
@@ -366,6 +451,23 @@ class LatencyConfig(_Section):
     runs: int = Field(default=200, ge=10, description="timed pairs of pruned and dense runs")
 
 
+class AblateConfig(_Section):
+    """What `prune-search ablate` holds fixed; a search does not read it."""
+
+    seeds: int = Field(default=3, ge=1, description="how many seeds; each trains its dense model")
+    keep: float = Field(
+        default=0.64, gt=0, le=1, description="the fraction of channels kept by rows of one size"
+    )
+    k: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)] = Field(
+        default=(0.35, 0.4), description="FGP's k: the shares of a group's score that are kept"
+    )
+    dsd_lambda: float = Field(default=5e-3, gt=0, description="the strength of sparse training")
+    dsd_q: float = Field(
+        default=0.5, gt=0, lt=1, description="the fraction of channels that DSD removes"
+    )
+    dsd_epochs: float = Field(default=9.0, gt=0, description="passes of sparse training")
+
+
 class SearchConfig(_Section):
     """Everything a search needs. Only `model` and `data` have no default."""
 
@@ -379,6 +481,7 @@ class SearchConfig(_Section):
     data: DataConfig
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
     space: SpaceConfig = Field(default_factory=SpaceConfig)
+    sparse_training: SparseTrainingConfig = Field(default_factory=SparseTrainingConfig)
     recover: RecoverConfig = Field(default_factory=RecoverConfig)
     objectives: dict[str, Literal["maximize", "minimize"]] = Field(
         default={"accuracy": "maximize", "latency_ms": "minimize"},
@@ -390,6 +493,7 @@ class SearchConfig(_Section):
     search: SamplerConfig = Field(default_factory=SamplerConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     latency: LatencyConfig = Field(default_factory=LatencyConfig)
+    ablate: AblateConfig = Field(default_factory=AblateConfig)
 
     @model_validator(mode="before")
     @classmethod
@@ -430,7 +534,7 @@ def _build(source: Source) -> SearchConfig:
     raise ConfigError(message)
 
 
-def _unknown(source: Source, loc: Loc, name: str, known: Mapping[str, Any]) -> list[str]:
+def _unknown(source: Source, loc: Loc, name: str, known: Collection[str]) -> list[str]:
     if name in known:
         return []
     others = " (or torchvision:NAME, timm:NAME, module:callable)" if loc[0] == "model" else ""

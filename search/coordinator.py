@@ -14,13 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from .config import SearchConfig
+from .context import TrialSpec
 from .front import front_of
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .setup import Baseline
 from .space import Space
 from .store import Store
-from .trial import TrialSpec, with_provenance
+from .trial import with_provenance
 
 SEED_SHARE = 0.4  # at most this share of the trials are seed candidates
 COMPACT_EVERY = 256

@@ -66,7 +66,7 @@ def _timm() -> tuple[bool, str]:
 
 
 def _ray() -> tuple[bool, str]:
-    from .driver import connect, worker_package
+    from .cluster import connect, worker_package
 
     with connect(None):
         return True, f"a local Ray runs, and its worker imports {worker_package()}"

@@ -18,13 +18,14 @@ from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Style = dict[str, Any]
 
 FORMATS = ("png", "svg", "pdf")
 
-_INK, _GREY, _LIGHT = "#222222", "#8a8a8a", "#e6e6e6"
-_BLUE, _VERMILLION, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
+INK, GREY, LIGHT = "#222222", "#8a8a8a", "#e6e6e6"
+BLUE, VERMILLION, ORANGE, GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
 # Okabe and Ito's palette: distinct for colour-blind readers; markers differ too.
 
 
@@ -89,7 +90,7 @@ def plot_runs(
         path: Where to; the ending says the format: png, svg or pdf.
         title: Text above the picture.
     """
-    looks = zip((_BLUE, _GREEN, _ORANGE, _VERMILLION), "os^D", strict=True)
+    looks = zip((BLUE, GREEN, ORANGE, VERMILLION), "os^D", strict=True)
 
     def draw(axes: Axes) -> None:
         for (label, members), (color, marker) in zip(fronts.items(), looks, strict=False):
@@ -97,20 +98,48 @@ def plot_runs(
             ys = [_scaled("accuracy")(r) for r in members]
             style: Style = {"marker": marker, "ms": 6, "mec": "white", "lw": 1.6, "color": color}
             axes.plot(xs, ys, label=label, **style)
-        axes.axvline(1.0, color=_GREY, lw=1, ls=":", zorder=1)
+        axes.axvline(1.0, color=GREY, lw=1, ls=":", zorder=1)
 
     return _save(Path(path), "speedup", "accuracy", title, draw, columns=1)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the figure atomically; the path's ending says the format.
+
+    Raises:
+        ConfigError: If the format is unknown.
+    """
+    ending = path.suffix.lower().removeprefix(".")
+    _check("plot", ending, FORMATS)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=ending)
+    atomic_write_bytes(path, picture.getvalue())
+    return path
+
+
+def tidy(axes: Axes) -> None:
+    """The look that all pictures share."""
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=9.5, length=0)
 
 
 def _save(
     path: Path, x: str, y: str, title: str, draw: Callable[[Axes], None], *, columns: int
 ) -> Path:
-    _check("plot", path.suffix.lower().removeprefix("."), FORMATS)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 5.0), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.6, 5.0)
     axes = figure.add_subplot()
     _decorate(axes, x, y, title)
     draw(axes)
@@ -123,10 +152,7 @@ def _save(
             frameon=False,
             fontsize=9.5,
         )
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower().removeprefix("."))
-    atomic_write_bytes(path, picture.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
 def _draw(
@@ -143,17 +169,17 @@ def _draw(
         (
             "trial",
             [r for r in completed if not _is_random(r) and not _is_uniform(r)],
-            {"marker": "o", "s": 20, "color": _GREY, "linewidths": 0, "zorder": 3},
+            {"marker": "o", "s": 20, "color": GREY, "linewidths": 0, "zorder": 3},
         ),
         (
             "control: random channels",
             [r for r in completed if _is_random(r)],
-            {"marker": "^", "s": 46, "color": _ORANGE, "edgecolors": "white", "zorder": 5},
+            {"marker": "^", "s": 46, "color": ORANGE, "edgecolors": "white", "zorder": 5},
         ),
         (
             "control: uniform pruning",
             [r for r in completed if _is_uniform(r) and not _is_random(r)],
-            {"marker": "s", "s": 34, "color": _GREEN, "edgecolors": "white", "zorder": 5},
+            {"marker": "s", "s": 34, "color": GREEN, "edgecolors": "white", "zorder": 5},
         ),
     ]
     scaled = _scaled(x), _scaled(y)
@@ -165,7 +191,7 @@ def _draw(
     _draw_front(axes, completed, x, y)
     if baseline.get(x) is not None and baseline.get(y) is not None:
         place = [float(baseline[name]) * _AXES[name].scale for name in (x, y)]
-        star: Style = {"marker": "*", "s": 300, "color": _VERMILLION, "edgecolors": "white"}
+        star: Style = {"marker": "*", "s": 300, "color": VERMILLION, "edgecolors": "white"}
         axes.scatter(place[0], place[1], label="dense model", linewidths=1.0, zorder=7, **star)
 
 
@@ -175,10 +201,10 @@ def _draw_front(axes: Axes, completed: Sequence[TrialResult], x: str, y: str) ->
     if not front:
         return
     xs, ys = [_scaled(x)(r) for r in front], [_scaled(y)(r) for r in front]
-    axes.plot(xs, ys, drawstyle="steps-post", color=_BLUE, lw=1.8, alpha=0.85, zorder=4)
-    axes.plot([], [], color=_BLUE, lw=1.8, marker="o", ms=7, mec="white", label="Pareto front")
-    dot: Style = {"s": 52, "color": _BLUE, "edgecolors": "white"}
-    ring: Style = {"s": 120, "facecolors": "none", "edgecolors": _BLUE, "linewidths": 1.5}
+    axes.plot(xs, ys, drawstyle="steps-post", color=BLUE, lw=1.8, alpha=0.85, zorder=4)
+    axes.plot([], [], color=BLUE, lw=1.8, marker="o", ms=7, mec="white", label="Pareto front")
+    dot: Style = {"s": 52, "color": BLUE, "edgecolors": "white"}
+    ring: Style = {"s": 120, "facecolors": "none", "edgecolors": BLUE, "linewidths": 1.5}
     for a, b, member in zip(xs, ys, front, strict=True):
         axes.scatter(a, b, zorder=6, **(ring if _is_control(member) else dot))
 
@@ -186,14 +212,10 @@ def _draw_front(axes: Axes, completed: Sequence[TrialResult], x: str, y: str) ->
 def _decorate(axes: Axes, x: str, y: str, title: str) -> None:
     for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
         better = "higher" if METRICS[name] == "maximize" else "lower"
-        set_label(f"{_AXES[name].label}, {better} is better", fontsize=10.5, color=_INK)
+        set_label(f"{_AXES[name].label}, {better} is better", fontsize=10.5, color=INK)
     if title:
-        axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=_INK, pad=10)
-    axes.grid(color=_LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(colors=_INK, labelsize=9.5, length=0)
+        axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=10)
+    tidy(axes)
     axes.margins(0.06)
 
 

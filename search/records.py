@@ -32,9 +32,13 @@ class Candidate:
     Attributes:
         criterion: Name of the channel criterion; None when no channel is removed.
         dropped_blocks: Module names of the removed blocks, sorted.
-        select: Selection rule, `ratio` or `cumulative`; None when no channel is removed.
+        select: Selection rule (methods/select.py); None when no channel is removed.
         keep: Fraction of channels kept, by channel group (rule `ratio`), sorted by group.
-        k: Fraction of the group's total score that is kept (rule `cumulative`).
+        k: Fraction that is kept: of each group's total score (rule `cumulative`), of all channels
+            together (`global`) or of the dense model's MACs (`macs`).
+        dsd_lambda: Strength of the sparse training that comes first; None without one.
+        dsd_q: Fraction of the channels that the sparse training drives to zero.
+        dsd_epochs: Passes of the sparse training over the training images.
     """
 
     criterion: str | None = None
@@ -42,6 +46,9 @@ class Candidate:
     select: str | None = None
     keep: tuple[tuple[str, float], ...] = ()
     k: float | None = None
+    dsd_lambda: float | None = None
+    dsd_q: float | None = None
+    dsd_epochs: float | None = None
 
     @property
     def key(self) -> str:
@@ -63,6 +70,7 @@ class Candidate:
             select=data["select"],
             keep=tuple(sorted((str(g), float(f)) for g, f in data["keep"].items())),
             k=data["k"],
+            **{name: data.get(name) for name in ("dsd_lambda", "dsd_q", "dsd_epochs")},
         )
 
 

@@ -267,7 +267,8 @@ def _execute(
         with clock("load_s"):
             problem = pose(config)
         with clock("ray_start_s"):
-            from .driver import Fleet, check_local, connect
+            from .cluster import check_local, connect
+            from .driver import Fleet
 
             if address in LOCAL:
                 check_local(config)

@@ -32,7 +32,8 @@ from ..methods.groups import plan_pruning
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.models.build import build_model, default_image_size, input_channels
 from ..methods.shapes import copy_state
-from ..methods.surgery import PruningPlan
+from ..methods.sparse_training import SPARSE_TRAINING
+from ..methods.surgery import PruningPlan, group_norms
 from ..methods.tasks.classification import ClassificationTask
 from .config import ConfigError, SearchConfig
 from .space import Space, max_blocks
@@ -112,6 +113,7 @@ def pose(config: SearchConfig) -> Problem:
         _try_forward(model, example, task.num_classes, config)
         plan = find_groups(config, model, example)
         blocks = find_removable(config, model, example)
+        _check_sparse_training(config, model, plan)
     except ConfigError:
         raise
     except ValueError as error:
@@ -181,6 +183,11 @@ def make_model(config: SearchConfig, num_classes: int, *, trained: bool = True) 
     )
 
 
+def draw_model(config: SearchConfig, num_classes: int) -> nn.Module:
+    """The config's model with weights from torch's global generator, as it stands."""
+    return build_model(config.model.name, num_classes=num_classes, kwargs=config.model.kwargs)
+
+
 def find_groups(config: SearchConfig, model: nn.Module, example: torch.Tensor) -> PruningPlan:
     """The model's channel groups, if the space removes channels at all."""
     if not config.space.criteria:
@@ -240,8 +247,11 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
             problem.blocks,
             order=config.space.blocks.order,
             score=config.space.blocks.score,
+            score_finetune_epochs=config.space.blocks.score_finetune_epochs,
+            finetune_from=config.space.blocks.finetune_from,
             seed=config.search.seed,
             max_drop=max_blocks(config.space.blocks, len(problem.blocks)),
+            fresh=lambda: draw_model(config, problem.task.num_classes),
         )
         drops = ranking.drops
         write_json(path, dataclasses.asdict(ranking) | {"drops": drops})
@@ -406,6 +416,15 @@ def _try_forward(
             f"`model.checkpoint` (={config.model.checkpoint}) must give finite outputs: it gives "
             "NaN or infinity. Use another checkpoint."
         )
+
+
+def _check_sparse_training(config: SearchConfig, model: nn.Module, plan: PruningPlan) -> None:
+    for name in config.space.criterion_names:
+        if name in SPARSE_TRAINING and plan.groups and not group_norms(model, plan):
+            raise ConfigError(
+                f"`space.criteria` (={name}) must have batch norms to thin: no group of channels "
+                f"inside a block of `model.name` (={config.model.name}) has one. Use another one."
+            )
 
 
 def _shared(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The search space: a config and a model's blocks and groups -> Optuna distributions -> Candidate.
 
-Dimensions are conditional: `keep` exists only under the rule `ratio`, `top_k` only under
-`cumulative`, and neither when no channel may be removed.
+Dimensions are conditional: keep fractions exist only under the rule `ratio`, `top_k` only under
+`cumulative`, lambda, Q and epochs of sparse training only with the criterion `dsd`, and none of
+them when no channel may be removed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -22,7 +24,7 @@ from optuna.trial import Trial
 
 from ..methods.select import num_kept
 from ..methods.surgery import ChannelGroup, PruningPlan
-from .config import BlocksConfig, SpaceConfig
+from .config import BlocksConfig, DsdLambdaConfig, SpaceConfig
 from .records import Candidate
 
 Params = dict[str, Any]
@@ -31,8 +33,15 @@ NUM_BLOCKS = "num_blocks"
 CRITERION = "criterion"
 SELECT = "select"
 TOP_K = "top_k"
+GLOBAL_KEEP = "keep:global"
+MACS_KEEP = "macs_keep"
+DSD = "dsd"
+DSD_LAMBDA, DSD_Q, DSD_EPOCHS = "dsd_lambda", "dsd_q", "dsd_epochs"
 UNIFORM_KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 K_DECIMALS = 3
+
+
+_FRACTION_OF = {"cumulative": TOP_K, "macs": MACS_KEEP, "global": GLOBAL_KEEP}
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,15 @@ class Space:
         dropped = self._dropped(params)
         if CRITERION not in params:
             return Candidate(dropped_blocks=dropped)
-        criterion, rule = str(params[CRITERION]), str(params[SELECT])
-        if rule == "cumulative":
-            k = max(round(float(params[TOP_K]), K_DECIMALS), 10.0**-K_DECIMALS)
+        criterion = str(params[CRITERION])
+        if criterion == DSD:
+            return self._sparse(dropped, params)
+        rule = str(params[SELECT])
+        if rule in _FRACTION_OF:
+            k = max(round(float(params[_FRACTION_OF[rule]]), K_DECIMALS), 10.0**-K_DECIMALS)
             return Candidate(criterion, dropped, rule, k=k)
+        if rule != "ratio":  # a retain mode has no parameter
+            return Candidate(criterion, dropped, rule)
         keep = {}
         for group in self.plan.alive(dropped):
             kept = kept_channels(group, float(params[self._keep_name(group)]), self._round_to)
@@ -167,12 +181,40 @@ class Space:
         if not self.criteria:
             return
         yield CRITERION, CategoricalDistribution(self.criteria)
+        if params[CRITERION] == DSD:
+            yield from self._sparse_dimensions()
+            return
         yield SELECT, CategoricalDistribution(tuple(self.config.select))
-        if params[SELECT] == "cumulative":
-            yield TOP_K, FloatDistribution(top_k.low, top_k.high)
-        else:
-            for name in self._keep_names():
-                yield name, FloatDistribution(keep.low, keep.high)
+        match params[SELECT]:
+            case "cumulative":
+                yield TOP_K, FloatDistribution(top_k.low, top_k.high)
+            case "macs":
+                macs = self.config.macs_keep
+                yield MACS_KEEP, FloatDistribution(macs.low, macs.high)
+            case "global":
+                yield GLOBAL_KEEP, FloatDistribution(keep.low, keep.high)
+            case "ratio":
+                for name in self._keep_names():
+                    yield name, FloatDistribution(keep.low, keep.high)
+
+    def _sparse_dimensions(self) -> Iterator[tuple[str, BaseDistribution]]:
+        strength, q = self.config.dsd_lambda, self.config.dsd_q
+        yield DSD_LAMBDA, FloatDistribution(strength.low, strength.high, log=strength.log)
+        yield DSD_Q, FloatDistribution(q.low, _steps(q.low, q.high, q.step)[-1], step=q.step)
+        yield DSD_EPOCHS, CategoricalDistribution(tuple(self.config.dsd_epochs))
+
+    def _sparse(self, dropped: tuple[str, ...], params: Mapping[str, Any]) -> Candidate:
+        """Sparse training, then global pruning of the fraction that it drove to zero."""
+        q = round(float(params[DSD_Q]), K_DECIMALS)
+        return Candidate(
+            DSD,
+            dropped,
+            "global",
+            k=round(1 - q, K_DECIMALS),
+            dsd_lambda=snap(self.config.dsd_lambda, float(params[DSD_LAMBDA])),
+            dsd_q=q,
+            dsd_epochs=float(params[DSD_EPOCHS]),
+        )
 
     @property
     def _round_to(self) -> int:
@@ -208,15 +250,43 @@ class Space:
         return {_block_name(b): b in self.drops[num_dropped] for b in self.block_order}
 
     def _channel_params(self, criterion: str, keep: float) -> Params:
-        if "ratio" not in self.config.select:
-            return {CRITERION: criterion, SELECT: "cumulative", TOP_K: keep}
-        params: Params = {CRITERION: criterion, SELECT: "ratio"}
-        return params | {name: keep for name in self._keep_names()}
+        if criterion == DSD:
+            return self._sparse_params(keep)
+        if "ratio" in self.config.select:
+            params: Params = {CRITERION: criterion, SELECT: "ratio"}
+            return params | {name: keep for name in self._keep_names()}
+        rule = self.config.select[0]
+        params = {CRITERION: criterion, SELECT: rule}
+        return params | ({_FRACTION_OF[rule]: keep} if rule in _FRACTION_OF else {})
+
+    def _sparse_params(self, keep: float) -> Params:
+        """Sparse training of medium strength that removes about 1 - `keep`."""
+        strength, q, epochs = self.config.dsd_lambda, self.config.dsd_q, self.config.dsd_epochs
+        grid = lambda_grid(strength)
+        fractions = _steps(q.low, q.high, q.step)
+        return {
+            CRITERION: DSD,
+            DSD_LAMBDA: grid[len(grid) // 2],
+            DSD_Q: min(fractions, key=lambda fraction: abs(1 - keep - fraction)),
+            DSD_EPOCHS: epochs[-1],
+        }
 
     def _ranked(self, num_dropped: int) -> Params:
-        most = 1.0 if "ratio" in self.config.select else self.config.top_k.high
-        channels = self._channel_params(self.criteria[0], most) if self.criteria else {}
+        if not self.criteria:
+            return self._block_params(num_dropped)
+        plain = [criterion for criterion in self.criteria if criterion != DSD]
+        most = 1.0 if "ratio" in self.config.select else self._most_kept()
+        channels = self._channel_params((plain or [DSD])[0], most)
         return self._block_params(num_dropped) | channels
+
+    def _most_kept(self) -> float:
+        """The largest fraction under the first rule of the space."""
+        highs = {
+            "cumulative": self.config.top_k.high,
+            "macs": self.config.macs_keep.high,
+            "global": self.config.keep.high,
+        }
+        return highs.get(self.config.select[0], 1.0)
 
     def _uniform(self, criterion: str, keep: float) -> Params:
         return self._block_params(0) | self._channel_params(criterion, keep)
@@ -241,6 +311,21 @@ def kept_channels(group: ChannelGroup, keep: float, round_to: int) -> int:
     return group.parts * num_kept(group.num_channels // group.parts, keep, round_to=round_to)
 
 
+def lambda_grid(config: DsdLambdaConfig) -> list[float]:
+    """The strengths of sparse training that candidates may have, ascending."""
+    if config.num == 1:
+        return [config.low]
+    spaced = np.geomspace if config.log else np.linspace
+    inner = [float(value) for value in spaced(config.low, config.high, config.num)[1:-1]]
+    return [config.low, *inner, config.high]  # the ends without a rounding error
+
+
+def snap(config: DsdLambdaConfig, value: float) -> float:
+    """The value of the grid that is nearest to `value`, so that trials can share its training."""
+    scale = math.log if config.log else float
+    return min(lambda_grid(config), key=lambda point: abs(scale(point) - scale(value)))
+
+
 def effective_widths(groups: Sequence[ChannelGroup], keep: float, round_to: int) -> dict[str, int]:
     """Width of every group at one requested keep fraction."""
     return {group.name: kept_channels(group, keep, round_to) for group in groups}
@@ -252,9 +337,14 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
             return trial.suggest_categorical(name, choices)
         case IntDistribution(low=low, high=high):
             return trial.suggest_int(name, low, high)
-        case FloatDistribution(low=low, high=high):
-            return trial.suggest_float(name, low, high)
+        case FloatDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_float(name, low, high, log=log, step=step)
     raise AssertionError(distribution)
+
+
+def _steps(low: float, high: float, step: float) -> list[float]:
+    count = math.floor((high - low) / step + 1e-9) + 1
+    return [round(low + i * step, K_DECIMALS) for i in range(count)]
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:

@@ -251,8 +251,11 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
 def _choices(result: TrialResult) -> list[str]:
     candidate = json.loads(result.candidate)
     keep = candidate["keep"].values()
-    if candidate["k"] is not None:
-        kept = f"k = {candidate['k']:.2f}"
+    if candidate.get("dsd_lambda") is not None:
+        kept = f"{candidate['k']:.2f} after λ = {candidate['dsd_lambda']:.1g}"
+    elif candidate["select"] not in (None, "ratio"):
+        k = "" if candidate["k"] is None else f" {candidate['k']:.2f}"
+        kept = f"{candidate['select']}{k}"
     elif keep:
         kept = f"{min(keep):.2f} to {max(keep):.2f}"
     else:

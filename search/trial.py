@@ -8,65 +8,22 @@ import math
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.criteria import DRAWN, score_channels
 from ..methods.finetune import finetune, recalibrate_batch_norm
-from ..methods.measure import Latency, count_macs, count_params, peak_memory_mib
-from ..methods.select import SELECTION_RULES
+from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
-from ..methods.surgery import PruningPlan, Recipe, apply, group_scores, layer_widths
-from ..methods.tasks.classification import ClassificationTask
-from .config import SearchConfig
+from ..methods.surgery import Recipe, apply, layer_widths
+from .context import TrialContext, TrialSpec
+from .prune import make_recipe, prune_by_blocks, start_of
 from .records import Candidate, TrialResult, TrialStatus, violations
 
 FULL_FIDELITY = 2  # the whole trial budget (rung 2 of the fidelity ladder)
-
-
-@dataclass
-class TrialContext:
-    """What all trials of one worker share; nothing in it is changed by a trial.
-
-    Attributes:
-        config: The run's config.
-        task: Data, loss and metric, on the worker's device.
-        dense: The trained dense model, on the same device.
-        plan: The dense model's channel groups.
-        baseline_accuracy: The dense model's validation accuracy.
-        measure_latency: Latency of the architecture that a recipe makes, and the seconds that
-            the probe worked on it (the rest was waiting).
-        scores: Channel scores already computed here, by criterion.
-    """
-
-    config: SearchConfig
-    task: ClassificationTask
-    dense: nn.Module
-    plan: PruningPlan
-    baseline_accuracy: float
-    measure_latency: Callable[[Recipe], tuple[Latency, float]]
-    scores: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """What one trial has to do.
-
-    Attributes:
-        trial_id: Its name in the ledger.
-        candidate: What to try.
-        candidate_json: The candidate with its origin and parameters, as the ledger keeps it.
-        seed: Seed of everything random in the trial.
-    """
-
-    trial_id: str
-    candidate: Candidate
-    candidate_json: str
-    seed: int
 
 
 @dataclass
@@ -111,38 +68,20 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
     return outcome
 
 
-def make_recipe(candidate: Candidate, context: TrialContext, seed: int) -> Recipe:
-    """The exact channels that a candidate keeps: its criterion's scores under its rule.
-
-    Args:
-        candidate: Blocks to drop and channels to keep.
-        context: The dense model and its groups.
-        seed: Seed of the criteria that draw their scores; the others use the run's.
-    """
-    if candidate.criterion is None:
-        return Recipe(candidate.dropped_blocks)
-    scores = _scores(candidate.criterion, context, seed)
-    round_to = context.config.space.keep.round_to
-    keep = dict(candidate.keep)
-    kept = {}
-    for group in context.plan.alive(candidate.dropped_blocks):
-        totals = group_scores(group, scores, candidate.dropped_blocks)
-        size = group.num_channels // group.parts
-        part = totals[:size]  # the parts score alike
-        fraction = keep[group.name] if candidate.k is None else candidate.k
-        columns = SELECTION_RULES[str(candidate.select)](part, fraction, round_to=round_to)
-        kept[group.name] = tuple(p * size + int(i) for p in range(group.parts) for i in columns)
-    return Recipe(candidate.dropped_blocks, kept)
-
-
 def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     result, task, recover = outcome.result, context.task, context.config.recover
-    with _clock(result, "score_s"):
-        recipe = make_recipe(spec.candidate, context, spec.seed)
-    with _clock(result, "prune_s"):
-        model = apply(copy.deepcopy(context.dense), context.plan, recipe)
     generator = torch.Generator().manual_seed(spec.seed)
     torch.manual_seed(spec.seed)  # dropout draws from the global generator
+    with _clock(result, "score_s"):
+        start = start_of(spec.candidate, context)
+        recipe, waited = make_recipe(spec.candidate, context, spec.seed, start)
+        result.wait_s += start.waited_s + waited
+    if recover.reconstruct.steps > 0 and recipe.kept:
+        with _clock(result, "finetune_s"):
+            model, recipe = prune_by_blocks(spec.candidate, start, recipe, context, spec.seed)
+    else:
+        with _clock(result, "prune_s"):
+            model = apply(copy.deepcopy(start.model), context.plan, recipe)
     with _clock(result, "finetune_s"):
         if recover.recalibrate_bn:
             recalibrate_batch_norm(model, task, generator=generator)
@@ -170,28 +109,14 @@ def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     outcome.state = copy_state(model)
 
 
-def _scores(criterion: str, context: TrialContext, seed: int) -> Mapping[str, Tensor]:
-    if criterion in context.scores:
-        return context.scores[criterion]
-    scores = score_channels(
-        criterion,
-        context.dense,
-        context.task,
-        context.plan.layers,
-        seed=seed if criterion in DRAWN else context.config.search.seed,
-        options={c.name: c.options for c in context.config.space.criteria}[criterion],
-    )
-    if criterion not in DRAWN:
-        context.scores[criterion] = scores
-    return scores
-
-
 def _measure(model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult) -> None:
     example = context.task.example_input(context.config.latency.batch_size)
     result.widths = layer_widths(model)
     result.macs = count_macs(model, example)
     result.num_params = count_params(model)
     result.peak_memory_mib = peak_memory_mib(model, example)
+    if context.measure_latency is None:
+        return
     start = time.perf_counter()
     latency, busy_s = context.measure_latency(recipe)
     result.wait_s += max(0.0, time.perf_counter() - start - busy_s)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
+from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.methods import replay
-from prunesearch.methods.block_removal import BlockRanking, exhaustive, rank_blocks
+from prunesearch.methods.block_orders import REDRAW
+from prunesearch.methods.block_removal import BlockRanking, Order, exhaustive, rank_blocks
 from prunesearch.methods.blocks import removable_blocks, remove_blocks
 from prunesearch.methods.data import load_data
+from prunesearch.methods.finetune import finetune
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks import ClassificationTask
 from prunesearch.search.bench import bench_blocks, blocks_table
@@ -228,7 +232,16 @@ def test_a_small_cache_splits_the_batches(
     assert [step.accuracy for step in split.path] == [step.accuracy for step in expected.path]
 
 
-@pytest.mark.parametrize("run", [rank_blocks, exhaustive])
+@pytest.mark.parametrize(
+    "run",
+    [
+        rank_blocks,
+        exhaustive,
+        partial(rank_blocks, order="sr_init"),
+        partial(rank_blocks, order="attribution"),
+        partial(rank_blocks, score_finetune_epochs=0.03, finetune_from="cumulative"),
+    ],
+)
 def test_the_model_is_left_as_it_was(
     resnet20: nn.Module, task: ClassificationTask, run: Callable[..., Any]
 ) -> None:
@@ -236,9 +249,11 @@ def test_the_model_is_left_as_it_was(
     model.get_submodule("layer2").eval()
     attributes = [set(vars(module)) for module in model.modules()]
     modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
     run(model, task, removable_blocks(model, task.example_input())[:3])
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert [module.training for module in model.modules()] == modes
+    assert torch.equal(random_state, torch.get_rng_state())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     for (key, value), (_, original) in zip(
@@ -275,13 +290,17 @@ def test_max_drop_stops_measuring_and_still_orders_all(
     assert short.evaluations == 6 + 5
     assert sorted(short.order) == sorted(blocks)
     assert sorted(rank_blocks(resnet20, task, blocks, max_drop=0).order) == sorted(blocks)
-    for order in ("greedy", "oneshot", "sequential", "random"):
+    for order in get_args(Order):
         assert rank_blocks(resnet20, task, [], order=order).order == ()
 
 
 def test_wrong_input_is_refused(resnet20: nn.Module, task: ClassificationTask) -> None:
     for options, message in [
         ({"blocks": ["layer1.9"]}, r"\(=layer1.9\).*Did you mean `layer1"),
+        ({"score_finetune_epochs": -1}, r"\(=-1\) must be a finite number"),
+        ({"score_finetune_epochs": 1, "order": "exhaustive"}, "must be 0 with order exhaustive"),
+        ({"finetune_from": "originl"}, "Did you mean `original`"),
+        ({"sr_samples": 0, "order": "sr_init"}, r"\(=0\) must be at least 1"),
         ({"order": "gready"}, "Did you mean `greedy`"),
         ({"score": "acuracy"}, "Did you mean `accuracy`"),
         ({"max_drop": -1}, r"\(=-1\) must be at least 0"),
@@ -292,6 +311,125 @@ def test_wrong_input_is_refused(resnet20: nn.Module, task: ClassificationTask) -
         rank_blocks(SharedBlock(), SmallTask(8), ["block"])
     with pytest.raises(ValueError, match=r"\(=13 names\) must hold at most 12"):
         exhaustive(resnet20, task, ["layer1.1"] * 13)
+
+
+@pytest.mark.parametrize("score", ["accuracy", "loss"])
+@pytest.mark.parametrize("constructed", [False, True])
+def test_sr_init_equals_copying_the_state_by_hand(
+    resnet20: nn.Module, task: ClassificationTask, score: str, constructed: bool
+) -> None:
+    blocks = removable_blocks(resnet20, task.example_input(), valid="residual")
+    fresh = (lambda: build_model("resnet20", num_classes=10)) if constructed else None
+    options = {"order": "sr_init", "score": score, "seed": 5, "sr_samples": 2, "fresh": fresh}
+    ranking = both(resnet20, task, blocks, **options)
+    assert ranking.evaluations == 2 * len(blocks) == 14
+    measured: dict[str, list[dict[str, float]]] = {block: [] for block in blocks}
+    for seed in (5 + REDRAW, 5 + 2 * REDRAW):
+        torch.manual_seed(seed)
+        other = fresh() if fresh else copy.deepcopy(resnet20)
+        for block in blocks:
+            if not fresh:
+                for module in other.get_submodule(block).modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        for block in blocks:
+            model = copy.deepcopy(resnet20)
+            for key, value in model.state_dict().items():
+                if key.startswith(f"{block}."):
+                    value.copy_(other.state_dict()[key])
+            norm = model.get_submodule(f"{block}.bn2")
+            assert not norm.running_mean.any() and norm.running_var.eq(1).all()
+            measured[block].append(task.evaluate(model, "calibration"))
+    for step in ranking.path:
+        first, second = measured[step.removed[0]]
+        assert step.accuracy == (first["accuracy"] + second["accuracy"]) / 2
+        assert step.loss == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-6)
+    values = [getattr(step, score) for step in ranking.path]
+    assert values == sorted(values, reverse=score == "accuracy")
+    assert ranking.order == tuple(step.removed[0] for step in ranking.path)
+    assert score == "accuracy" or ranking.order != tuple(blocks[::-1])  # the accuracies tie
+    again = rank_blocks(resnet20, task, blocks, **options)
+    assert (again.order, again.path) == (ranking.order, ranking.path)
+    assert rank_blocks(resnet20, task, blocks, **options | {"seed": 9}).path != ranking.path
+
+
+def test_sr_init_refuses_weights_that_cannot_be_drawn_anew() -> None:
+    torch.manual_seed(0)
+    model, task = InPlace().eval(), SmallTask(size=8)
+    model.blocks[1].scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"`blocks` \(=blocks.1\).*PreActivation.*Pass `fresh`"):
+        rank_blocks(model, task, BLOCKS, order="sr_init")
+    other = copy.deepcopy(model)
+    assert len(rank_blocks(model, task, BLOCKS, order="sr_init", fresh=lambda: other).path) == 4
+
+
+def test_attribution_equals_captum(resnet20: nn.Module, task: ClassificationTask) -> None:
+    blocks = removable_blocks(resnet20, task.example_input(), valid="residual")
+    ranking = rank_blocks(resnet20, task, blocks, order="attribution")
+    model = copy.deepcopy(resnet20).eval()
+    sums = dict.fromkeys(blocks, 0.0)
+    for images, labels in task.calibration_batches():
+        for block in blocks:
+            captum = LayerGradientXActivation(
+                lambda x, y: task.loss(model(x), y).view(1), model.get_submodule(block)
+            )
+            sums[block] += (
+                captum.attribute(images, additional_forward_args=labels).abs().sum().item()
+            )
+    assert ranking.order == tuple(sorted(blocks, key=sums.__getitem__))
+    assert ranking.order not in (tuple(blocks), tuple(blocks[::-1]))
+    assert ranking.path == () and ranking.evaluations == 0
+
+
+FINETUNE = {"score_finetune_epochs": 0.05, "finetune_lr": 0.02, "seed": 3, "score": "loss"}
+
+
+def finetuned(model: nn.Module, task: ClassificationTask, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    finetune(model, task, epochs=0.05, lr=0.02, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("start", ["original", "cumulative"])
+def test_greedy_measures_finetuned_models(
+    resnet20: nn.Module, task: ClassificationTask, start: str
+) -> None:
+    blocks = ["layer2.1", "layer2.2", "layer3.1"]
+    ranking = rank_blocks(resnet20, task, blocks, finetune_from=start, **FINETUNE)
+    assert ranking.evaluations == 3 + 2 + 1 and not ranking.suffix_only
+    kept: dict[tuple[str, ...], nn.Module] = {}
+    removed: tuple[str, ...] = ()
+    for index, step in enumerate(ranking.path):
+        measured = {}
+        for block in (b for b in blocks if b not in removed):
+            origin = kept[removed] if start == "cumulative" and removed else resnet20
+            model = copy.deepcopy(origin)
+            names = [block] if start == "cumulative" else [*removed, block]
+            kept[*removed, block] = finetuned(remove_blocks(model, names), task, 3 + index)
+            measured[block] = task.evaluate(kept[*removed, block], "calibration")
+        removed = (*removed, min(measured, key=lambda block: measured[block]["loss"]))
+        assert step.removed == removed
+        assert step.accuracy == measured[removed[-1]]["accuracy"]
+        assert step.loss == pytest.approx(measured[removed[-1]]["loss"], rel=1e-6)
+
+
+def test_finetuning_changes_what_is_measured(
+    resnet20: nn.Module, task: ClassificationTask
+) -> None:
+    blocks = ["layer2.1", "layer2.2", "layer3.1"]
+    plain = rank_blocks(resnet20, task, blocks, score="loss")
+    original, cumulative, again = (
+        rank_blocks(resnet20, task, blocks, finetune_from=start, **FINETUNE)
+        for start in ("original", "cumulative", "cumulative")
+    )
+    assert original.path[0] == cumulative.path[0]  # the first removal starts from the same model
+    assert original.path[1] != cumulative.path[1]
+    assert cumulative.path == again.path
+    assert original.path[0].loss < plain.path[0].loss
+    oneshot = rank_blocks(resnet20, task, blocks, order="oneshot", **FINETUNE)
+    assert oneshot.path[0] == original.path[0] and oneshot.evaluations == 3
+    short = rank_blocks(resnet20, task, blocks, max_drop=1, **FINETUNE)
+    assert short.order == oneshot.order and short.path == original.path[:1]
 
 
 class SharedBlock(nn.Module):

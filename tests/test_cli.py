@@ -26,9 +26,9 @@ def invoke(
         raise AssertionError("Ray was started")
 
     def run(*args: str | Path) -> tuple[int, str, str]:
-        from prunesearch.search import driver
+        from prunesearch.search import cluster
 
-        monkeypatch.setattr(driver, "connect", no_ray)
+        monkeypatch.setattr(cluster, "connect", no_ray)
         monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as ended:
@@ -157,7 +157,7 @@ def test_status_before_the_latency_is_known(invoke: Invoke, tmp_path: Path) -> N
 
 
 def test_ray_client_is_refused(tmp_path: Path) -> None:
-    from prunesearch.search.driver import connect
+    from prunesearch.search.cluster import connect
 
     with pytest.raises(ConfigError, match="--address auto"), connect("ray://nowhere:10001"):
         pass

@@ -12,12 +12,12 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, trial_id
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.store import Store, read_results
-from prunesearch.search.trial import TrialSpec
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer2.1")

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from prunesearch.search import ConfigError, parse_config
+from prunesearch.search.actors import _watchdog
+from prunesearch.search.cluster import check_local
 from prunesearch.search.config import SearchConfig
-from prunesearch.search.driver import _watchdog, check_local
 
 
 def _config(**sections: dict[str, object]) -> SearchConfig:

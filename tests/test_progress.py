@@ -13,6 +13,7 @@ from rich.console import Console
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.search.config import dump_config, parse_config
+from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, Listener
 from prunesearch.search.progress import Progress
 from prunesearch.search.records import TrialResult, TrialStatus
@@ -20,7 +21,6 @@ from prunesearch.search.runs import Run
 from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.tables import front_table, status_of, status_table, time_table
-from prunesearch.search.trial import TrialSpec
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
 CONFIG = parse_config(

@@ -7,6 +7,7 @@ from prunesearch.methods.select import (
     SELECTION_RULES,
     num_kept,
     select_cumulative,
+    select_global,
     select_ratio,
     select_retain,
 )
@@ -143,8 +144,6 @@ def test_retain_modes():
         return select_retain(scores, mode, torch.Generator().manual_seed(seed), **options).tolist()
 
     assert retain("peak30") == [14, 15, 16, 17, 18, 19]
-    assert retain("peak_k", k=0.19) == [18, 19]  # together 37 of 190
-    assert retain("peak_k", k=0.1) == [19]
     for mode, pool in (
         ("peak50_rand30", better),
         ("bot50_rand30", worse),
@@ -155,11 +154,47 @@ def test_retain_modes():
         assert kept == retain(mode) and len({tuple(retain(mode, s)) for s in range(5)}) > 1
         drawn = {index for seed in range(60) for index in retain(mode, seed)}
         assert drawn == pool, "every channel of the pool, and no other, can be drawn"
-    with pytest.raises(ValueError, match="`retain` .* must be one of peak_k, peak30"):
+    with pytest.raises(ValueError, match="`retain` .* must be a known name: there are peak30"):
         retain("peak")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["peak_k", "peak30", "peak50_rand30", "bot50_rand30", "rand30"])
+@pytest.mark.parametrize("mode", ["peak30", "peak50_rand30", "bot50_rand30", "rand30"])
 def test_retain_keeps_a_channel_of_very_narrow_layers(mode, channels):
     assert len(select_retain(torch.ones(channels), mode, torch.Generator())) >= 1
+
+
+# --- all groups together ---------------------------------------------------------------------
+
+
+def test_global_ranks_all_channels_together_and_keeps_one_a_group():
+    scores = {
+        "a": torch.tensor([5.0, 1.0, 4.0, 3.0]),
+        "b": torch.tensor([0.1, 0.3, 0.2]),
+        "c": torch.tensor([9.0, 8.0, 0.5]),
+    }
+    kept = select_global(scores, 0.5, normalize=False)  # 5 of 10 channels
+    assert {name: indices.tolist() for name, indices in kept.items()} == {
+        "a": [0, 2, 3],
+        "b": [1],  # none of the best five: its best channel stays
+        "c": [0, 1],
+    }
+
+
+def test_global_divides_by_the_mean_of_a_group_where_layers_cannot_be_compared():
+    scores = {"small": torch.tensor([0.1, 0.9]), "large": torch.tensor([100.0, 120.0])}
+    raw = select_global(scores, 0.5, normalize=False)
+    assert (raw["small"].tolist(), raw["large"].tolist()) == ([1], [0, 1])  # one a group stays
+    scaled = select_global(scores, 0.5)  # 0.2, 1.8, 0.91, 1.09
+    assert (scaled["small"].tolist(), scaled["large"].tolist()) == ([1], [1])
+
+
+def test_global_breaks_ties_by_group_and_index_and_rounds_each_width():
+    scores = {"a": torch.ones(6), "b": torch.ones(6)}
+    kept = select_global(scores, 0.75)
+    assert (kept["a"].tolist(), kept["b"].tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2])
+    kept = select_global(scores, 0.75, round_to=4)
+    assert (len(kept["a"]), len(kept["b"])) == (6, 4)
+    assert select_global({"a": torch.zeros(3)}, 1.0)["a"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="must be finite"):
+        select_global({"a": torch.tensor([1.0, float("nan")])}, 0.5)

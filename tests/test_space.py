@@ -1,6 +1,7 @@
 """The space: conditional dimensions, canonical candidates, seeds inside the bounds."""
 
 import itertools
+import json
 from typing import Any
 
 import optuna
@@ -14,7 +15,13 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.config import SpaceConfig, parse_config
 from prunesearch.search.records import Candidate
-from prunesearch.search.space import Space, effective_widths, kept_channels
+from prunesearch.search.space import (
+    Space,
+    effective_widths,
+    kept_channels,
+    lambda_grid,
+    snap,
+)
 
 ORDER = ("layer2.1", "layer1.2", "layer3.1", "layer1.1", "layer3.2", "layer2.2")
 STAGES = ("keep:stage1", "keep:stage2", "keep:stage3")
@@ -229,3 +236,62 @@ def test_coarse_widths_make_no_duplicate_seeds(make):
 def test_a_space_of_blocks_alone_has_seeds_too(make):
     seeds = make(criteria=[]).seeds(10)
     assert [seed.origin for seed in seeds] == ["seed: dense", *["seed: ranked blocks"] * 3]
+
+
+# --- sparse training and the other rules -----------------------------------------------------
+
+
+def test_lambda_q_and_epochs_exist_only_with_dsd_and_nothing_else_then(make):
+    space = make(criteria=["taylor", "dsd"], select=["ratio", "global", "macs", "peak30"])
+    seen = set()
+    for params in samples(space, 60):
+        channels = {name for name in params if not name.startswith("drop:")} - {"criterion"}
+        if params["criterion"] == "dsd":
+            assert channels == {"dsd_lambda", "dsd_q", "dsd_epochs"}
+            continue
+        extra = {"ratio": set(STAGES), "global": {"keep:global"}, "macs": {"macs_keep"}}
+        assert channels == {"select"} | extra.get(params["select"], set())
+        seen.add(params["select"])
+    assert seen == {"ratio", "global", "macs", "peak30"}
+
+
+def test_a_sparse_candidate_prunes_globally_at_q_with_blocks_dropped_too(make):
+    space = make(criteria=["dsd"], dsd_q={"low": 0.3, "high": 0.7, "step": 0.2})
+    params = {f"drop:{block}": block == "layer2.1" for block in ORDER}
+    params |= {"criterion": "dsd", "dsd_lambda": 2.9e-4, "dsd_q": 0.5, "dsd_epochs": 6.0}
+    candidate = space.candidate(params)
+    assert candidate == Candidate(
+        "dsd", ("layer2.1",), "global", k=0.5,
+        dsd_lambda=pytest.approx(10**-3.5), dsd_q=0.5, dsd_epochs=6.0,
+    )  # fmt: skip
+    assert Candidate.from_mapping(json.loads(candidate.to_json())) == candidate
+
+
+def test_lambda_snaps_to_a_grid_so_that_trials_share_their_sparse_training(make):
+    space = make(criteria=["dsd"], dsd_lambda={"low": 1e-4, "high": 1e-2, "num": 3})
+    assert lambda_grid(space.config.dsd_lambda) == pytest.approx([1e-4, 1e-3, 1e-2])
+    found = {space.candidate(params).dsd_lambda for params in samples(space, 40)}
+    assert found == set(lambda_grid(space.config.dsd_lambda))
+    linear = config(dsd_lambda={"low": 0.1, "high": 0.3, "log": False, "num": 3}).dsd_lambda
+    assert lambda_grid(linear) == pytest.approx([0.1, 0.2, 0.3])
+    assert snap(linear, 0.24) == pytest.approx(0.2)
+    assert lambda_grid(config(dsd_lambda={"low": 1e-3, "num": 1}).dsd_lambda) == [1e-3]
+
+
+def test_q_never_exceeds_its_range_when_the_step_does_not_divide_it(make):
+    space = make(criteria=["dsd"], dsd_q={"low": 0.3, "high": 0.65, "step": 0.2})
+    assert {params["dsd_q"] for params in samples(space, 40)} == {0.3, 0.5}
+
+
+def test_seeds_of_every_criterion_and_rule_lie_in_the_space(make):
+    for rules in (["global"], ["macs"], ["peak30", "rand30"], ["cumulative"], ["ratio"]):
+        space = make(criteria=["taylor", "dsd"], select=rules)
+        seeds = space.seeds(100)
+        assert {space.candidate(seed.params).criterion for seed in seeds} >= {"dsd"}
+        for seed in seeds:
+            space.distributions(seed.params)
+
+
+def test_a_ledger_without_sparse_training_still_reads(make):
+    old = {"criterion": "fgp", "dropped_blocks": [], "select": "cumulative", "keep": {}, "k": 0.5}
+    assert Candidate.from_mapping(old) == Candidate("fgp", (), "cumulative", k=0.5)

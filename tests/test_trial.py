@@ -14,8 +14,8 @@ from torch import nn
 
 from prunesearch.methods.measure import Latency, count_macs, paired_latency
 from prunesearch.methods.surgery import Recipe, apply
-from prunesearch.search import trial as module
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
+from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.records import Candidate, TrialStatus
 from prunesearch.search.setup import (
     DENSE_WEIGHTS,
@@ -29,13 +29,7 @@ from prunesearch.search.setup import (
     unpack_images,
 )
 from prunesearch.search.store import SCHEMA
-from prunesearch.search.trial import (
-    TrialContext,
-    TrialSpec,
-    make_recipe,
-    run_trial,
-    with_provenance,
-)
+from prunesearch.search.trial import run_trial, with_provenance
 
 BLOCK = "layer2.1"
 
@@ -149,34 +143,6 @@ def test_a_violated_constraint_makes_the_trial_infeasible_with_all_metrics(conte
     assert "violates accuracy_drop <= -0.5 by" in row.message and "macs <= 1.0" in row.message
     assert "num_params" not in row.message
     assert None not in (row.accuracy, row.loss, row.latency_ms, row.macs, row.peak_memory_mib)
-
-
-# --- selection -------------------------------------------------------------------------------
-
-
-def test_the_best_channels_are_kept_and_scored_once(context, monkeypatch):
-    calls = []
-    score = module.score_channels
-    monkeypatch.setattr(
-        module, "score_channels", lambda name, *a, **k: calls.append(k) or score(name, *a, **k)
-    )
-    recipe = make_recipe(halved(context), context, seed=1)
-    norms = context.dense.layer1[0].conv1.weight.abs().flatten(1).sum(1)
-    best = sorted(norms.argsort(descending=True)[:8].tolist())
-    assert list(recipe.kept["layer1.0.conv1"]) == best
-    assert all(not name.startswith(BLOCK) for name in recipe.kept)
-    make_recipe(halved(context), context, seed=1)
-    make_recipe(halved(context, "fgp"), context, seed=1)
-    assert [call["options"] for call in calls] == [{}, {"feature_point": "act"}]
-
-
-def test_cumulative_keeps_fewer_channels_for_a_smaller_share(context):
-    recipes = [
-        make_recipe(Candidate("magnitude_l1", (), "cumulative", k=k), context, seed=1)
-        for k in (0.3, 0.7, 1.0)
-    ]
-    sizes = [sum(len(kept) for kept in recipe.kept.values()) for recipe in recipes]
-    assert sizes[0] < sizes[1] < sizes[2] == sum(g.num_channels for g in context.plan.groups)
 
 
 # --- failures --------------------------------------------------------------------------------

@@ -9,23 +9,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..names import unknown_name
 from ..options import check_options
+from ..sparse_training import RUN_ARGUMENTS, SPARSE_TRAINING
+from .blockwipg import blockwipg
 from .fgp import fgp
+from .fpgm import fpgm
+from .group_norm import group_norm
+from .hessian import hessian
+from .hrank import hrank
+from .lamp import lamp
 from .magnitude import magnitude_l1, magnitude_l2
 from .random import random
-from .scoring import CalibrationTask, get_layer, num_channels
+from .scoring import CalibrationTask, DataFreeTask, get_layer, num_channels
+from .slimming import slimming
+from .synflow import synflow
 from .taylor import taylor
 
 __all__ = [
+    "COMPARABLE",
     "CRITERIA",
+    "DRAWN",
+    "NEEDS",
     "CalibrationTask",
+    "DataFreeTask",
     "describe",
+    "known_methods",
     "score_channels",
     "validate_options",
 ]
@@ -34,13 +48,34 @@ CRITERIA: dict[str, Callable[..., dict[str, Tensor]]] = {
     "random": random,
     "magnitude_l1": magnitude_l1,
     "magnitude_l2": magnitude_l2,
-    "taylor": taylor,
+    "lamp": lamp,
+    "group_norm": group_norm,
+    "slimming": slimming,
+    "fpgm": fpgm,
+    "synflow": synflow,
+    "blockwipg": blockwipg,
+    "hrank": hrank,
     "fgp": fgp,
+    "taylor": taylor,
+    "hessian": hessian,
 }
 
+NEEDS: dict[str, Literal["nothing", "images", "labels"]] = {
+    **dict.fromkeys(CRITERIA, "nothing"),
+    "hrank": "images",
+    "fgp": "images",  # and labels with the option presence = label
+    "taylor": "labels",
+    "hessian": "labels",
+}
+"""What a criterion reads of the calibration split. All need the shape of an image."""
 
 DRAWN = frozenset({"random"})
 """Criteria that draw their scores: each trial needs a draw of its own."""
+
+COMPARABLE = frozenset(
+    {"random", "lamp", "group_norm", "slimming", "synflow", "taylor", "hessian", *SPARSE_TRAINING}
+)
+"""Methods whose scores compare between layers as they are; others need dividing by their mean."""
 
 
 def score_channels(
@@ -70,6 +105,8 @@ def score_channels(
     Raises:
         ValueError: If the name, an option or a layer is unknown, or a score is not finite.
     """
+    if name not in CRITERIA:
+        raise ValueError(unknown_name("criterion", name, CRITERIA))
     validate_options(name, options or {})
     widths = {layer: num_channels(get_layer(model, layer)) for layer in layers}
     with torch.random.fork_rng(devices=_cuda_devices(model)):
@@ -92,21 +129,31 @@ def score_channels(
     return scores
 
 
+def known_methods() -> tuple[str, ...]:
+    """Names of all methods that decide about channels: the criteria, then sparse training."""
+    return (*CRITERIA, *SPARSE_TRAINING)
+
+
 def validate_options(name: str, options: Mapping[str, Any]) -> None:
-    """Checks a criterion's name and options without running it.
+    """Checks the name and the options of one of `known_methods` without running it.
 
     Raises:
-        ValueError: If the criterion or an option is unknown, or a value is not allowed.
+        ValueError: If the method or an option is unknown, or a value is not allowed.
     """
-    if name not in CRITERIA:
-        raise ValueError(unknown_name("criterion", name, CRITERIA))
-    check_options(name, CRITERIA[name], options, without=("generator",))
+    without = RUN_ARGUMENTS if name in SPARSE_TRAINING else ("generator",)
+    check_options(name, _method(name), options, without=without)
 
 
 def describe(name: str) -> str:
-    """One line about the criterion `name`."""
-    validate_options(name, {})
-    return (inspect.getdoc(CRITERIA[name]) or "").splitlines()[0]
+    """One line about one of `known_methods`."""
+    return (inspect.getdoc(_method(name)) or "").splitlines()[0]
+
+
+def _method(name: str) -> Callable[..., Any]:
+    methods = {**CRITERIA, **SPARSE_TRAINING}
+    if name not in methods:
+        raise ValueError(unknown_name("criterion", name, methods))
+    return methods[name]
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

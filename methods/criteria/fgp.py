@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,23 +28,27 @@ def fgp(
 ) -> dict[str, Tensor]:
     """Feature x gradient heat of each channel, added up over the classes (FGP).
 
-    With F the feature and z the logits of an image of class d:
-    G_c = mean over pixels of dz_d / dF_c;  I_cd = mean over the images of class d of the sum over
+    With F the feature and p_d the logit of class d for an image of that class:
+    G_c = mean over pixels of dp_d / dF_c;  I_cd = mean over the images with d of the sum over
     pixels of ReLU(G_c F_c);  score_c = sum over d of I_cd. Eqs. 6-9 of the paper, without the sum
-    over channels in eq. 6, which would make all channels equal.
+    over channels in eq. 6, which would make all channels equal. Where the model gives a map of
+    logits, p_d is the sum of those of d over the pixels of class d, and an image has many classes.
 
     All layers together cost one forward and one backward pass a calibration batch: in evaluation
     mode images do not mix, so the gradient of sum_b z[b, d_b] holds every image's own gradient.
+    Segmentation takes one backward pass for each class that is present in the batch.
 
     Args:
-        model: A classifier; scored in evaluation mode and left as it was.
+        model: A model that gives logits [B, classes] or [B, classes, H, W]; scored in evaluation
+            mode and left as it was.
         task: Gives the calibration batches.
         layers: Names of the layers to score.
         generator: Not used.
         feature_point: F is the layer's output, or the output of the batch norm and activation
             that follow it (up to the next sum, product, pooling or layer).
         class_agg: How I_cd becomes the score; only classes that have an image take part.
-        presence: The class of an image is the predicted one or its label.
+        presence: The class of an image (or pixel) is the predicted one or its label; a label
+            that is no class, as of pixels to be ignored, counts for none.
         map_norm: `layer_max` divides the maps of an image by their largest value in the layer.
         criterion: `feature_only` uses |F| in place of ReLU(G F); `gradient_only` is |G_c|.
         classes: Use only the images of these classes; None for all.
@@ -53,8 +57,8 @@ def fgp(
         Layer name to scores, [out]; zero where a layer is not called or no logit depends on it.
 
     Raises:
-        ValueError: If the model's output is not [batch, classes], if `classes` are not classes
-            of the task, or if no image has one of them.
+        ValueError: If the model's output or the labels have another shape, if `classes` are not
+            classes of the task, or if no image has one of them.
     """
     wanted = _class_mask(classes, task.num_classes)
     batches = task.calibration_batches()
@@ -71,12 +75,19 @@ def fgp(
             def observe(name: str, tensor: Tensor, to: list[Any] = features) -> None:
                 to.append((name, _Feature.read(modules[name], tensor)))
 
+            source = images.clone().requires_grad_(criterion != "feature_only")
             with observed(model, layers, observe, activations):
-                given = labels if presence == "label" else None
-                present = _run(model, images, given, task.num_classes, criterion != "feature_only")
-            counts += torch.bincount(present, minlength=task.num_classes)
-            for name, feature in features:
-                sums[name].index_add_(0, present, feature.heat(criterion, map_norm).cpu())
+                logits = model(source.clone())  # which the model may change in place
+            _check_logits(logits, task.num_classes, differentiable=source.requires_grad)
+            classes_of = logits.argmax(1) if presence == "predicted" else labels
+            _check_labels(classes_of, logits)
+            for total, rows, present in _targets(logits, classes_of):
+                if source.requires_grad:
+                    torch.autograd.grad(total, source, retain_graph=logits.ndim == 4)
+                counts += torch.bincount(present, minlength=task.num_classes)
+                for name, feature in features:
+                    heat = feature.heat(criterion, map_norm)[rows].cpu()
+                    sums[name].index_add_(0, present, heat)
     used = wanted & (counts > 0)
     if not used.any():
         raise ValueError(
@@ -87,20 +98,25 @@ def fgp(
     return {name: _AGGREGATE[class_agg](mean) for name, mean in means.items()}
 
 
-def _run(
-    model: nn.Module, images: Tensor, labels: Tensor | None, num_classes: int, backward: bool
-) -> Tensor:
-    """One forward pass, and a backward pass from each image's class; returns the classes [B].
+def _targets(logits: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What is differentiated: once a batch, or in segmentation once for each class present.
 
-    The class is the predicted one where no labels are given.
+    Args:
+        logits: [B, classes] or [B, classes, H, W].
+        classes: Class of each image or pixel; one that does not exist counts for none.
+
+    Yields:
+        Sum of the images' p_d; the images [n] that have one; the class d of each, [n], on the CPU.
     """
-    source = images.clone().requires_grad_(backward)
-    logits = model(source.clone())  # which the model may change in place
-    _check_logits(logits, num_classes, differentiable=backward)
-    present = logits.argmax(1) if labels is None else labels
-    if backward:
-        torch.autograd.grad(logits.gather(1, present[:, None]).sum(), source)
-    return present.cpu()
+    if logits.ndim == 2:
+        rows = ((classes >= 0) & (classes < logits.shape[1])).nonzero()[:, 0]
+        yield logits[rows, classes[rows]].sum(), rows, classes[rows].cpu()
+        return
+    for d in range(logits.shape[1]):
+        inside = classes == d
+        rows = inside.flatten(1).any(1).nonzero()[:, 0]
+        if len(rows):
+            yield (logits[:, d] * inside).sum(), rows, torch.full((len(rows),), d)
 
 
 _AGGREGATE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -178,14 +194,25 @@ def _class_mask(classes: Sequence[int] | None, num_classes: int) -> Tensor:
 
 
 def _check_logits(logits: Any, num_classes: int, *, differentiable: bool) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != num_classes:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    shape = list(logits.shape) if isinstance(logits, Tensor) else []
+    if len(shape) not in (2, 4) or shape[1] != num_classes:
         raise ValueError(
-            f"`criterion` (='fgp') must score a classifier: it needs logits [batch, "
-            f"{num_classes}], and the model gives {found}. Use another criterion or head."
+            f"`criterion` (='fgp') must score a classifier or a segmentation model: it needs "
+            f"logits [batch, {num_classes}] or [batch, {num_classes}, height, width], and the "
+            f"model gives {shape or type(logits).__name__}. Use another criterion or head."
         )
     if differentiable and not logits.requires_grad:
         raise ValueError(
             "`criterion` (='fgp') must score a differentiable model: these logits have no "
             "gradient with respect to the images. Remove no_grad or detach from its forward."
+        )
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    expected = [len(logits), *logits.shape[2:]]
+    if list(labels.shape) != expected:
+        raise ValueError(
+            f"`fgp.presence` (=label) must find a label for each output: the labels are "
+            f"{list(labels.shape)}, the model's outputs {expected}. Use `predicted`, or resize "
+            "the label maps."
         )

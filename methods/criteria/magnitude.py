@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .scoring import CalibrationTask, channel_rows, get_layer
+from .scoring import DataFreeTask, channel_rows, get_layer
 
 
 def magnitude_l1(
     model: nn.Module,
-    task: CalibrationTask,
+    task: DataFreeTask,
     layers: Sequence[str],
     *,
     generator: torch.Generator,
@@ -33,7 +33,7 @@ def magnitude_l1(
 
 def magnitude_l2(
     model: nn.Module,
-    task: CalibrationTask,
+    task: DataFreeTask,
     layers: Sequence[str],
     *,
     generator: torch.Generator,

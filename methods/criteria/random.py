@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .scoring import CalibrationTask, get_layer, num_channels
+from .scoring import DataFreeTask, get_layer, num_channels
 
 
 def random(
     model: nn.Module,
-    task: CalibrationTask,
+    task: DataFreeTask,
     layers: Sequence[str],
     *,
     generator: torch.Generator,

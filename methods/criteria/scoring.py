@@ -15,7 +15,14 @@ from ..names import nearest
 Layer = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
 
-class CalibrationTask(Protocol):
+class DataFreeTask(Protocol):
+    """What a criterion that reads no data needs of a task: the shape of an image."""
+
+    def example_input(self, batch_size: int = 1) -> Tensor:
+        """A batch that the model accepts, [batch_size, C, H, W]; its values may be anything."""
+
+
+class CalibrationTask(DataFreeTask, Protocol):
     """What a criterion needs of a task. Calibration batches are drawn from training data."""
 
     @property
@@ -79,6 +86,15 @@ def channel_rows(layer: Layer, weight: Tensor) -> Tensor:
         grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
         return grouped.transpose(1, 2).reshape(layer.out_channels, -1)
     return weight.flatten(1)
+
+
+def channel_factors(layer: Layer, factors: Tensor) -> Tensor:
+    """One factor an output channel, [out], shaped to multiply the layer's weight."""
+    if isinstance(layer, nn.ConvTranspose2d):  # [in, out / groups, kh, kw]
+        inputs = layer.in_channels // layer.groups
+        grouped = factors.reshape(layer.groups, 1, -1).expand(-1, inputs, -1)
+        return grouped.reshape(layer.in_channels, -1, 1, 1)
+    return factors.reshape(-1, *[1] * (layer.weight.ndim - 1))
 
 
 def batch_norms_after(

@@ -1,0 +1,1 @@
+"""`prune-search ablate`: the papers' ablation tables on any model and data."""

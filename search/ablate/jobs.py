@@ -1,0 +1,295 @@
+"""What a Ray worker does for one row at one seed: the dense model, then the row's trials."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...methods.block_removal import rank_blocks
+from ...methods.block_widths import inner_groups
+from ...methods.blockwise import _Study as Reconstruction
+from ...methods.blockwise import prune_blockwise
+from ...methods.data import ImageData, Split
+from ...methods.finetune import finetune, recalibrate_batch_norm
+from ...methods.layer_attribution import score_layers
+from ...methods.layer_bypass import bypass, bypassable_layers, zero
+from ...methods.measure import count_macs, count_params, peak_memory_mib
+from ...methods.options import options_of
+from ...methods.surgery import apply, layer_widths
+from ..config import SearchConfig
+from ..context import TrialContext, TrialSpec
+from ..prune import criterion_options, make_recipe
+from ..records import Candidate, TrialResult, TrialStatus
+from ..setup import (
+    Problem,
+    find_groups,
+    find_removable,
+    load_state,
+    make_model,
+    make_task,
+    prepare_dense,
+    trial_device,
+    unpack_images,
+)
+from ..trial import FULL_FIDELITY, run_trial, with_provenance
+from .study import Row
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model of one seed: its weights as arrays, and its row of the ledger."""
+
+    state: Mapping[str, np.ndarray[Any, Any]]
+    result: TrialResult
+
+
+def share(value: Any) -> Any:
+    """A job that passes a value on, so that the other jobs share one copy of it."""
+    return value
+
+
+def train_dense(config: SearchConfig, row: Row, seed: int, images: Mapping[str, Any]) -> Dense:
+    """Trains the dense model of a seed, or loads it from the cache or the checkpoint.
+
+    Args:
+        config: The study's config.
+        row: A row of work `dense`.
+        seed: Decides the initial weights and the training; the data split is the config's.
+        images: From `pack_images`.
+    """
+    started = time.time()
+    problem = _problem(row.config(config, seed), row, images)
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = prepare_dense(problem, Path(folder), lambda message: None)
+    result = TrialResult(
+        trial_id=row.trial_ids(seed)[0],
+        status=TrialStatus.COMPLETED,
+        candidate=_provenance(Candidate(), row, source=baseline.source),
+        widths=layer_widths(problem.model),
+        accuracy=baseline.accuracy,
+        accuracy_before_finetune=baseline.accuracy,
+        accuracy_drop=0.0,
+        loss=baseline.loss,
+        macs=baseline.macs,
+        num_params=baseline.num_params,
+        peak_memory_mib=baseline.peak_memory_mib,
+        fidelity=FULL_FIDELITY,
+        epochs=float(baseline.epochs),
+        finetune_s=baseline.train_s,
+        seed=seed,
+        host=platform.node(),
+        device=str(problem.task.device),
+        started_at=started,
+        finished_at=time.time(),
+    )
+    state = {k: v.detach().cpu().numpy() for k, v in problem.model.state_dict().items()}
+    return Dense(state, result)
+
+
+def run_row(
+    config: SearchConfig, row: Row, seed: int, images: Mapping[str, Any], dense: Dense
+) -> list[TrialResult]:
+    """Runs one row at one seed.
+
+    Args:
+        config: The study's config.
+        row: Any but a `dense` one.
+        seed: Of everything drawn.
+        images: From `pack_images`.
+        dense: The dense model of the same seed and classes.
+
+    Returns:
+        The rows of the ledger, one for each of `row.trial_ids(seed)`.
+    """
+    problem = _problem(row.config(config, seed), row, images)
+    load_state(problem.model, dense.state)
+    accuracy = dense.result.accuracy
+    assert accuracy is not None
+    context = TrialContext(
+        config=problem.config,
+        task=problem.task,
+        dense=problem.model.eval(),
+        plan=problem.plan,
+        baseline_accuracy=accuracy,
+        measure_latency=None,
+    )
+    return _WORK[row.work](row, seed, context, problem)
+
+
+def _trial(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
+    candidate = row.candidate(context.plan, context.config.ablate)
+    if row.match is not None:
+        candidate = _at_macs_of(row.match, candidate, seed, context)
+    text = _provenance(candidate, row)
+    spec = TrialSpec(row.trial_ids(seed)[0], candidate, text, seed)
+    return [run_trial(spec, context).result]
+
+
+def _at_macs_of(
+    criterion: str, candidate: Candidate, seed: int, context: TrialContext
+) -> Candidate:
+    """The candidate with the MACs that `criterion` keeps under the candidate's rule."""
+    other = dataclasses.replace(candidate, criterion=criterion)
+    recipe, _ = make_recipe(other, context, seed)
+    image = context.task.example_input()
+    pruned = apply(copy.deepcopy(context.dense), context.plan, recipe)
+    fraction = count_macs(pruned, image) / count_macs(context.dense, image)
+    return dataclasses.replace(candidate, select="macs", k=fraction)
+
+
+def _blockwise(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
+    """Data-free: BlockWIPG block by block, or all channels at once; blocks learn from noise."""
+    candidate = row.candidate(context.plan, context.config.ablate)
+    assert candidate.criterion is not None
+    generator = torch.Generator().manual_seed(seed)
+    if row.reconstruct == "blockwise":
+        widths = {
+            name: round(keep * context.plan[name].num_channels) for name, keep in candidate.keep
+        }
+        options = criterion_options(candidate.criterion, context)
+        model, recipe = prune_blockwise(
+            context.dense, context.plan, context.task, widths, generator=generator, **options
+        )
+    else:
+        recipe, _ = make_recipe(candidate, context, seed)
+        model = apply(copy.deepcopy(context.dense), context.plan, recipe)
+        _reconstruct(model, generator, context)
+    text = _provenance(candidate, row)
+    result = TrialResult(row.trial_ids(seed)[0], TrialStatus.COMPLETED, candidate=text, seed=seed)
+    result.criterion = candidate.criterion
+    return [_finish(model, result, context)]
+
+
+def _reconstruct(model: nn.Module, generator: torch.Generator, context: TrialContext) -> None:
+    """Teaches each pruned block to answer as the dense one does, as `prune_blockwise` would."""
+    example = context.task.example_input(1)
+    defaults = options_of(prune_blockwise)
+    names = ("epochs", "lr", "batch_size", "num_vectors")
+    study = Reconstruction(
+        context.dense, context.task, example, generator, *(defaults[name] for name in names)
+    )
+    model.requires_grad_(False)
+    for block in inner_groups(context.dense, context.plan.groups, example):
+        study.reconstruct(model, block, defaults["student_input"])
+    model.requires_grad_(True)
+
+
+def _blocks(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
+    """One trial for each number of removed blocks, in the order of the row."""
+    ranking = rank_blocks(context.dense, context.task, problem.blocks, seed=seed, **row.options)
+    measured = {step.removed: step.accuracy for step in ranking.path}
+    results = []
+    for trial_id, point in zip(row.trial_ids(seed), row.points, strict=True):
+        candidate = Candidate(dropped_blocks=tuple(sorted(ranking.drops[point])))
+        accuracy = measured.get(ranking.drops[point])
+        text = _provenance(candidate, row, point=point, calibration=accuracy)
+        results.append(run_trial(TrialSpec(trial_id, candidate, text, seed), context).result)
+    return results
+
+
+def _layers(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
+    """One trial for each number of layers taken out, the least important first."""
+    units = bypassable_layers(context.dense, context.task.example_input(2))
+    generator = torch.Generator().manual_seed(seed)
+    scores = score_layers(
+        context.dense, context.task, list(units), score=row.options["score"], generator=generator
+    )
+    order = sorted(units, key=lambda unit: scores[unit])
+    remove = {"bypass": bypass, "zero": zero}[row.options["mode"]]
+    results = []
+    for trial_id, point in zip(row.trial_ids(seed), row.points, strict=True):
+        model = copy.deepcopy(context.dense)
+        remove(model, [module for unit in order[:point] for module in units[unit]])
+        text = _provenance(Candidate(), row, point=point, units=order[:point])
+        result = TrialResult(trial_id, TrialStatus.COMPLETED, candidate=text, seed=seed)
+        results.append(_finish(model, result, context))
+    return results
+
+
+_WORK: dict[str, Callable[[Row, int, TrialContext, Problem], list[TrialResult]]] = {
+    "trial": _trial,
+    "blockwise": _blockwise,
+    "blocks": _blocks,
+    "layers": _layers,
+}
+
+
+def _finish(model: nn.Module, result: TrialResult, context: TrialContext) -> TrialResult:
+    """Measures and recovers a model that no `Recipe` makes, as `run_trial` does for the others."""
+    task, recover = context.task, context.config.recover
+    generator = torch.Generator().manual_seed(result.seed)
+    torch.manual_seed(result.seed)
+    result.host, result.device, result.started_at = platform.node(), str(task.device), time.time()
+    if recover.recalibrate_bn:
+        recalibrate_batch_norm(model, task, generator=generator)
+    metrics = task.evaluate(model, "val")
+    result.accuracy_before_finetune = metrics["accuracy"]
+    example = task.example_input(context.config.latency.batch_size)
+    result.widths = layer_widths(model)
+    result.macs = count_macs(model, example)
+    result.num_params = count_params(model)
+    result.peak_memory_mib = peak_memory_mib(model, example)
+    if recover.epochs > 0:
+        finetune(
+            model,
+            task,
+            epochs=recover.epochs,
+            lr=recover.lr,
+            generator=generator,
+            augment=context.config.data.augment,
+            teacher=context.dense if recover.distill > 0 else None,
+            distill=recover.distill,
+        )
+        metrics = task.evaluate(model, "val")
+    result.accuracy, result.loss = metrics["accuracy"], metrics["loss"]
+    result.accuracy_drop = context.baseline_accuracy - metrics["accuracy"]
+    result.epochs, result.fidelity = recover.epochs, FULL_FIDELITY
+    result.finished_at = time.time()
+    return result
+
+
+# --- the problem of a row --------------------------------------------------------------------
+
+
+def _problem(config: SearchConfig, row: Row, images: Mapping[str, Any]) -> Problem:
+    """As `pose` makes it, from data that are already here; seeded, untrained."""
+    device = trial_device(config)
+    task = make_task(config, first_classes(unpack_images(images), row.num_classes), device)
+    model = make_model(config, task.num_classes).to(device).eval()
+    example = task.example_input(2)
+    plan = find_groups(config, model, example)
+    return Problem(config, task, model, plan, find_removable(config, model, example))
+
+
+def first_classes(data: ImageData, count: int | None) -> ImageData:
+    """The images of the first `count` classes; all for None."""
+    if count is None:
+        return data
+
+    def cut(split: Split) -> Split:
+        chosen = split.labels < count
+        return Split(split.images[chosen], split.labels[chosen])
+
+    return dataclasses.replace(
+        data,
+        classes=data.classes[:count],
+        train=cut(data.train),
+        val=cut(data.val),
+        test=cut(data.test),
+    )
+
+
+def _provenance(candidate: Candidate, row: Row, **facts: Any) -> str:
+    names = {"row": row.key, "label": row.label, "group": row.group}
+    return with_provenance(candidate, names | facts)

@@ -1,0 +1,168 @@
+"""The connection to Ray: starting or joining a cluster, and running plain jobs on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else Ray packages the folder
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # hide GPUs from CPU workers
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # its snapshots are of no use to us
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "86400")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+import ray
+import torch
+
+from .config import ConfigError, ResourcesConfig, SearchConfig
+
+PROBE = "latency_probe"  # the custom resource of the node whose device is measured
+
+
+def check_local(config: SearchConfig) -> None:
+    """Refuses resources that this machine does not have, before a local Ray starts.
+
+    Raises:
+        ConfigError: If a trial or the probe can never run here.
+    """
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    for key, asked, have in (
+        ("resources.cpu", config.resources.cpu, cores),
+        ("resources.gpu", config.resources.gpu, gpus),
+        ("latency.threads", config.latency.threads, cores),
+    ):
+        if asked > have:
+            raise ConfigError(
+                f"`{key}` (={asked:g}) must be at most {have}: this machine has no more. Lower it."
+            )
+    if config.latency.device == "cuda" and not gpus:
+        raise ConfigError(
+            "`latency.device` (=cuda) must be a device of this machine: torch sees no GPU. Set "
+            "latency.device: cpu."
+        )
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[None]:
+    """Starts a local Ray, or connects to the cluster at `address`; disconnects at the end.
+
+    Args:
+        address: None or `local` for a Ray of one's own; `auto` or `HOST:PORT` for the cluster
+            that this machine is a node of. A Ray that this process is connected to already is
+            used and left running.
+
+    Raises:
+        ConfigError: If no cluster answers there.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"`--address` (={address}) must be joined from inside the cluster: Ray Tune's hooks "
+            "cannot run through a Ray client. Run the command on a node with --address auto."
+        )
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address in (None, "local"):
+        options |= {"address": "local", "include_dashboard": False, "resources": {PROBE: 1}}
+    else:
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
+            "`ray start --head --resources '{\"latency_probe\": 1}'`, or leave --address out."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_package() -> str:
+    """The folder that a Ray worker imports `prunesearch.methods` from."""
+
+    def where() -> str:
+        from prunesearch import methods
+
+        return str(methods.__path__[0])
+
+    return str(ray.get(ray.remote(where).options(num_cpus=0).remote()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Stands, among a job's arguments, for the value of the job called `key`."""
+
+    key: str
+
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def fan_out(
+    jobs: Mapping[str, Job], *, resources: ResourcesConfig
+) -> Iterator[tuple[str, Any | Exception]]:
+    """Runs functions on the connected Ray, each as soon as there is room and its inputs exist.
+
+    Args:
+        jobs: Name to a module-level function and its arguments. An argument `Result(key)` is
+            replaced by the value of that earlier job.
+        resources: What each job takes; `max_retries` counts new attempts after a worker died.
+
+    Yields:
+        Each job's name and value as it ends, in the order of their ends; an exception where it
+        failed, or where a job that it needs did.
+    """
+    call = ray.remote(_call).options(
+        num_cpus=resources.cpu,
+        num_gpus=resources.gpu,
+        max_retries=resources.max_retries,
+        retry_exceptions=False,
+    )
+    references: dict[str, Any] = {}
+    names: dict[Any, str] = {}
+    waiting = list(jobs)
+    limit = resources.max_concurrent or 2**31
+
+    def submit() -> None:
+        while waiting and len(names) < limit:
+            name = waiting.pop(0)
+            function, arguments = jobs[name]
+            threads = max(1, int(resources.cpu))
+            given = [references[a.key] if isinstance(a, Result) else a for a in arguments]
+            references[name] = call.remote(threads, function, *given)
+            names[references[name]] = name
+
+    try:
+        submit()
+        while names:
+            done, _ = ray.wait(list(names), num_returns=1)
+            name = names.pop(done[0])
+            try:
+                value = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                value = _cause(error)
+            submit()
+            yield name, value
+    finally:
+        for reference in names:
+            ray.cancel(reference, force=True)
+
+
+def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+def _cause(error: Exception) -> Exception:
+    """What the job itself raised, where it did."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error
