@@ -142,21 +142,36 @@ def names_table(groups: Mapping[str, Mapping[str, str]]) -> Table:
     return table
 
 
+_NEEDED = {"nothing": "no data", "images": "images", "labels": "images and labels"}
+
+
 def known_methods() -> dict[str, dict[str, str]]:
     """Criteria, rules, block orders and samplers with a line each."""
-    from ..methods.criteria import CRITERIA, describe
+    from ..methods.criteria import CRITERIA, NEEDS, describe
+    from ..methods.sparse_training import SPARSE_TRAINING
 
     return {
-        "criterion": {name: describe(name) for name in CRITERIA},
+        "criterion": {
+            name: f"{describe(name)} Needs {_NEEDED[NEEDS[name]]}." for name in CRITERIA
+        },
+        "sparse training": {name: describe(name) for name in SPARSE_TRAINING},
         "select": {
             "ratio": "keep a fraction of each group's channels",
             "cumulative": "keep the fewest channels that hold a fraction k of the group's score",
+            "global": "keep a fraction of all channels, ranked across the groups",
+            "macs": "cumulative, with the largest k that meets a budget of multiply-adds",
+            "peak30": "the best 30 % of each group's channels (FGP, Fig. 4)",
+            "peak50_rand30": "30 % at random from the better half",
+            "bot50_rand30": "30 % at random from the worse half",
+            "rand30": "30 % at random",
         },
         "blocks.order": {
             "greedy": "remove the block that costs the least accuracy, measure the rest again",
             "oneshot": "measure each block's removal alone, once",
             "exhaustive": "the best of all subsets of each size; up to 12 blocks",
             "sequential": "from the end of the network",
+            "sr_init": "the block whose re-initialisation costs the least goes first",
+            "attribution": "the block with the least gradient x activation goes first",
             "random": "a seeded permutation: a control",
         },
         "sampler": {

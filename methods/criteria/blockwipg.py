@@ -64,10 +64,10 @@ def blockwipg(
     Raises:
         ValueError: If a layer mixes the images of a batch.
     """
-    example = task.example_input(1)
-    images = _draw((num_images, *example.shape[1:]), generator, example)
-    scores = {name: torch.zeros(num_channels(get_layer(model, name))) for name in layers}
     with scoring(model):
+        example = task.example_input(1)
+        images = _draw((num_images, *example.shape[1:]), generator, example)
+        scores = {name: torch.zeros(num_channels(get_layer(model, name))) for name in layers}
         blocks = BlockGradients(model, layers, images[:1])
         if terms != "I_p":
             term = {name: torch.zeros_like(values) for name, values in scores.items()}

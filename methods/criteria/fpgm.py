@@ -17,7 +17,7 @@ def fpgm(
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Distance of a channel's filter from all others of its layer (FPGM). Reads no data.
+    """Distance of a channel's filter from all others of its layer (FPGM).
 
     score_c = sum over the channels d of |W_c - W_d|, the Euclidean distance of the flattened
     filters (eqs. 5 and 6 of the paper): the filter nearest to the geometric median can best be

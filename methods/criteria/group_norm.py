@@ -20,7 +20,7 @@ def group_norm(
     generator: torch.Generator,
     normalize: Literal["mean", "none"] = "mean",
 ) -> dict[str, Tensor]:
-    """Squared norm of all parameters that go with a channel (DepGraph). Reads no data.
+    """Squared norm of all parameters that go with a channel (DepGraph).
 
     score_c = sum of w^2 over the filters that make channel c, the scales of its norms and the
     weights that read it, in all layers whose channels must be removed together; then divided by

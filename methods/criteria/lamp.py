@@ -17,7 +17,7 @@ def lamp(
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Share of a channel in the energy of the layer's stronger ones (LAMP). Reads no data.
+    """Share of a channel in the energy of the layer's stronger ones (LAMP).
 
     score_c = |W_c|^2 / sum of |W_d|^2 over the channels d that are at least as strong as c (eq. 2
     of the paper with a channel in the place of a weight). Within a layer the order is that of the

@@ -17,7 +17,7 @@ def magnitude_l1(
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """L1 norm of each channel's weights: sum of |w| (Li et al. 2017). Reads no data.
+    """L1 norm of each channel's weights: sum of |w| (Li et al. 2017).
 
     Args:
         model: The dense model.
@@ -38,7 +38,7 @@ def magnitude_l2(
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """L2 norm of each channel's weights: square root of the sum of w^2. Reads no data.
+    """L2 norm of each channel's weights: square root of the sum of w^2.
 
     Args:
         model: The dense model.

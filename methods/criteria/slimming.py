@@ -17,7 +17,7 @@ def slimming(
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Size of a channel's batch-norm scale, |gamma| (slimming). Reads no data.
+    """Size of a channel's batch-norm scale, |gamma| (slimming).
 
     The batch norm is the one that takes the layer's output as it is. A layer without one (or
     whose has no scale) is scored by the L2 norm of the channel's weights: |gamma| is the standard

@@ -31,7 +31,7 @@ def synflow(
     rounds: Annotated[int, Bounds(1)] = 100,
     keep: Annotated[float, Bounds(0.001, 1)] = 0.1,
 ) -> dict[str, Tensor]:
-    """Order in which channels leave when the weakest flow goes first (SynFlow). Reads no data.
+    """Order in which channels leave when the weakest flow goes first (SynFlow).
 
     Every parameter is replaced by its size, the model runs in evaluation mode and float64 on an
     image of ones, and R is the sum of its output; the flow of a channel is the sum over its

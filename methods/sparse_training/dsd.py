@@ -87,8 +87,9 @@ def sparse_train(
     freeze: Freeze = "exact",
     freeze_scope: FreezeScope = "bn",
 ) -> SparseHistory:
-    """Trains so that the scales of the channels to be removed go to zero, in place.
+    """Drives the batch-norm scales of the channels to be removed to zero (DSD, slimming).
 
+    Trains `model` in place.
     With tau and beta the scale and shift of the batch norms, after each backward pass:
     phase 1: E = the int(n (1 - q)) channels of the largest |grad tau * tau|, N = the rest;
     tau.grad += lam sign(tau) and beta.grad += lam sign(beta) on N; tau.grad -= lam sign(tau) on E.

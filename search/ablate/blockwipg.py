@@ -20,21 +20,21 @@ def _table_2a(config: SearchConfig, facts: Facts) -> tuple[Row, ...]:
         "blockwipg": ("BlockWIPG", (76.05, 75.38)),
     }
     rows = [Row("dense", "Vanilla", work="dense", paper={TOP1: 76.13})]
-    for column, removed in enumerate((20, 36)):
+    for step, removed in enumerate((20, 36)):
         for name, (label, figures) in printed.items():
-            rows.append(_row(name, label, removed, {TOP1: figures[column]}))
-        label = "BlockWIPG scored once"
-        rows.append(_row("blockwipg", label, removed, {}, once=True))
+            rows.append(_row(name, label, removed, step + 1, {TOP1: figures[step]}))
+        rows.append(_row("blockwipg", "BlockWIPG without reconstruction", removed, 0, {}))
     return tuple(rows)
 
 
 def _table_3(config: SearchConfig, facts: Facts) -> tuple[Row, ...]:
     printed = {"I_m": (46.70, 46.65), "I_n": (43.65, 43.55), "I_p": (42.42, 42.33)}
     rows = [Row("dense", "Unpruned", work="dense", paper={MAP: 46.72})]
-    for column, removed in enumerate((10, 20)):
+    for step, removed in enumerate((10, 20)):
         for terms, figures in printed.items():
-            rows.append(_row("blockwipg", terms, removed, {MAP: figures[column]}, terms=terms))
-        rows.append(_row("random", "random channels", removed, {}))
+            paper = {MAP: figures[step]}
+            rows.append(_row("blockwipg", terms, removed, step + 1, paper, terms=terms))
+        rows.append(_row("random", "random channels", removed, step + 1, {}))
     return tuple(rows)
 
 
@@ -42,23 +42,22 @@ def _row(
     criterion: str,
     label: str,
     removed: int,
+    steps: int,
     paper: dict[str, float],
     *,
-    once: bool = False,
     terms: str | None = None,
 ) -> Row:
-    """A row that removes `removed` % of the channels inside each block."""
-    key = (terms or criterion).replace("_", "-") + ("-once" if once else "")
+    """A row that removes `removed` % of the channels inside each block, in `steps` steps."""
+    key = (terms or criterion).replace("_", "-") + ("" if steps else "-plain")
     return Row(
         f"{key}-{removed}",
         label,
         f"{removed} % of the channels removed",
-        work="blockwise",
         criterion=criterion,
         options={"terms": terms} if terms else {},
         select="ratio",
         amount=1 - removed / 100,
-        reconstruct="blockwise" if criterion == "blockwipg" and not once else "after",
+        settings={"recover": {"reconstruct": {"steps": steps}}},
         paper=paper,
         control=not paper,
     )
@@ -67,9 +66,8 @@ def _row(
 _NOTES = (
     "The pruned accuracy is data-free: after the blocks were reconstructed on random vectors, "
     "with no image and no new batch-norm statistics.",
-    "Channels inside residual blocks only: block outputs keep their shape. BlockWIPG scores, "
-    "prunes and reconstructs one block after the other; the other rows score the dense model, "
-    "remove all channels, and reconstruct the blocks in the same way.",
+    "Channels inside residual blocks only: block outputs keep their shape. All criteria go block "
+    "by block: score, remove, reconstruct. The smaller ratio takes one step, the larger two.",
 )
 
 STUDIES = (

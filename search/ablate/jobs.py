@@ -17,19 +17,15 @@ import torch
 from torch import nn
 
 from ...methods.block_removal import rank_blocks
-from ...methods.block_widths import inner_groups
-from ...methods.blockwise import _Study as Reconstruction
-from ...methods.blockwise import prune_blockwise
 from ...methods.data import ImageData, Split
 from ...methods.finetune import finetune, recalibrate_batch_norm
 from ...methods.layer_attribution import score_layers
 from ...methods.layer_bypass import bypass, bypassable_layers, zero
 from ...methods.measure import count_macs, count_params, peak_memory_mib
-from ...methods.options import options_of
 from ...methods.surgery import apply, layer_widths
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
-from ..prune import criterion_options, make_recipe
+from ..prune import make_recipe
 from ..records import Candidate, TrialResult, TrialStatus
 from ..setup import (
     Problem,
@@ -148,43 +144,6 @@ def _at_macs_of(
     return dataclasses.replace(candidate, select="macs", k=fraction)
 
 
-def _blockwise(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
-    """Data-free: BlockWIPG block by block, or all channels at once; blocks learn from noise."""
-    candidate = row.candidate(context.plan, context.config.ablate)
-    assert candidate.criterion is not None
-    generator = torch.Generator().manual_seed(seed)
-    if row.reconstruct == "blockwise":
-        widths = {
-            name: round(keep * context.plan[name].num_channels) for name, keep in candidate.keep
-        }
-        options = criterion_options(candidate.criterion, context)
-        model, recipe = prune_blockwise(
-            context.dense, context.plan, context.task, widths, generator=generator, **options
-        )
-    else:
-        recipe, _ = make_recipe(candidate, context, seed)
-        model = apply(copy.deepcopy(context.dense), context.plan, recipe)
-        _reconstruct(model, generator, context)
-    text = _provenance(candidate, row)
-    result = TrialResult(row.trial_ids(seed)[0], TrialStatus.COMPLETED, candidate=text, seed=seed)
-    result.criterion = candidate.criterion
-    return [_finish(model, result, context)]
-
-
-def _reconstruct(model: nn.Module, generator: torch.Generator, context: TrialContext) -> None:
-    """Teaches each pruned block to answer as the dense one does, as `prune_blockwise` would."""
-    example = context.task.example_input(1)
-    defaults = options_of(prune_blockwise)
-    names = ("epochs", "lr", "batch_size", "num_vectors")
-    study = Reconstruction(
-        context.dense, context.task, example, generator, *(defaults[name] for name in names)
-    )
-    model.requires_grad_(False)
-    for block in inner_groups(context.dense, context.plan.groups, example):
-        study.reconstruct(model, block, defaults["student_input"])
-    model.requires_grad_(True)
-
-
 def _blocks(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
     """One trial for each number of removed blocks, in the order of the row."""
     ranking = rank_blocks(context.dense, context.task, problem.blocks, seed=seed, **row.options)
@@ -219,7 +178,6 @@ def _layers(row: Row, seed: int, context: TrialContext, problem: Problem) -> lis
 
 _WORK: dict[str, Callable[[Row, int, TrialContext, Problem], list[TrialResult]]] = {
     "trial": _trial,
-    "blockwise": _blockwise,
     "blocks": _blocks,
     "layers": _layers,
 }

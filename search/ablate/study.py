@@ -11,7 +11,7 @@ from ..config import AblateConfig, SearchConfig, check_names
 from ..records import Candidate, TrialResult
 from ..space import kept_channels
 
-Work = Literal["dense", "trial", "blockwise", "blocks", "layers"]
+Work = Literal["dense", "trial", "blocks", "layers"]
 
 TUNED = "Unpruned, fine-tuned alike"
 
@@ -39,9 +39,8 @@ class Row:
         key: Its name in file names.
         label: Its name in the table.
         group: Rows of one group are compared with each other; the group's heading.
-        work: What the job does: the dense model, one trial, one data-free trial with blocks
-            reconstructed on random vectors, or one trial for each number of removed blocks or
-            layers.
+        work: What the job does: the dense model, one trial, or one trial for each number of
+            removed blocks or layers.
         criterion: The channel criterion of a trial.
         options: The options of the criterion, of the block order or of the layer score.
         select: The selection rule.
@@ -54,8 +53,6 @@ class Row:
         num_classes: The data are cut down to the first so many classes; None keeps all.
         match: Another criterion, scored too: the row keeps the MACs that this one keeps under the
             row's rule, so that the two are compared at equal cost.
-        reconstruct: Of work `blockwise`: `blockwise` scores, prunes and reconstructs one block
-            after the other, `after` reconstructs once all channels are removed.
         paper: The paper's figures as printed, by column.
         control: The row is ours, not the paper's.
     """
@@ -74,7 +71,6 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
     match: str | None = None
-    reconstruct: Literal["after", "blockwise"] = "after"
     paper: Mapping[str, float] = field(default_factory=dict)
     control: bool = False
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 from helpers import SMALL, command, write_config
 
-from prunesearch.methods.criteria import CRITERIA, score_channels
+from prunesearch.methods.blockwise import prune_blockwise
 from prunesearch.methods.data import load_data
 from prunesearch.methods.finetune import finetune, recalibrate_batch_norm
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.measure import paired_latency, reference_latency_ms
 from prunesearch.methods.models.build import build_model
+from prunesearch.methods.sparse_training import sparse_train
 from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.methods.tasks.classification import ClassificationTask
+from prunesearch.methods.tasks.no_data import NoData
 from prunesearch.search import Run, load_pruned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -34,17 +36,26 @@ def model() -> torch.nn.Module:
     return build_model("resnet20", num_classes=10).cuda()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_scores_agree_with_the_cpu(
-    criterion: str, task: ClassificationTask, model: torch.nn.Module
+def test_sparse_training_freezes_exactly(task: ClassificationTask, model: torch.nn.Module) -> None:
+    norms = [f"layer{stage}.{block}.bn1" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    history = sparse_train(
+        model, task, norms, lam=0.1, q=0.4, epochs=3, lr=0.05,
+        generator=torch.Generator().manual_seed(0), threshold="layer", freeze_scope="filter",
+    )  # fmt: skip
+    assert [record.phase for record in history.epochs] == ["decoupling"] * 2 + ["finetuning"]
+    assert history.epochs[1].redundant == history.epochs[2].redundant  # bit by bit, so bin by bin
+
+
+def test_blocks_are_reconstructed_on_noise(
+    task: ClassificationTask, model: torch.nn.Module
 ) -> None:
-    layers = plan_pruning(model, task.example_input(2)).layers
-    on_gpu = score_channels(criterion, model, task, layers, seed=0)
-    cpu_task = ClassificationTask(task.data.to("cpu"), batch_size=64, calibration_size=64)
-    on_cpu = score_channels(criterion, copy.deepcopy(model).cpu(), cpu_task, layers, seed=0)
-    for layer in layers:
-        assert on_gpu[layer].device.type == "cpu"
-        torch.testing.assert_close(on_gpu[layer], on_cpu[layer], rtol=2e-2, atol=1e-5)
+    plan = plan_pruning(model, task.example_input(2))
+    pruned, recipe = prune_blockwise(
+        model, plan, NoData((3, 16, 16), device="cuda"), {"layer1.1.conv1": 6}, epochs=2,
+        generator=torch.Generator().manual_seed(0), options={"num_images": 4},
+    )  # fmt: skip
+    assert len(recipe.kept["layer1.1.conv1"]) == 6
+    assert pruned(task.example_input(2)).shape == (2, 10)
 
 
 def test_prune_recover_and_measure(task: ClassificationTask, model: torch.nn.Module) -> None:
