@@ -274,7 +274,7 @@ def test_only_what_is_missing_runs_again(
         Store(out).write_trial(result)
     said = io.StringIO()
     again = ablate("fgp", "fig4", config, out, SEEDS, progress=Progress(Console(file=said)))
-    assert "1 jobs to run" in said.getvalue()
+    assert "1 job to run" in said.getvalue()
     found = {result.trial_id: result for result in Store(out).read()}
     assert found[lost.trial_id].accuracy == lost.accuracy  # the same seed, the same number
     assert again == text

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers import get_layer, num_channels
 from ..names import unknown_name
 from ..options import check_options
 from ..sparse_training import RUN_ARGUMENTS, SPARSE_TRAINING
@@ -26,7 +27,7 @@ from .hrank import hrank
 from .lamp import lamp
 from .magnitude import magnitude_l1, magnitude_l2
 from .random import random
-from .scoring import CalibrationTask, DataFreeTask, get_layer, num_channels
+from .scoring import CalibrationTask, DataFreeTask
 from .slimming import slimming
 from .synflow import synflow
 from .taylor import taylor

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import find_blocks
+from ..layers import Layer, get_layer
 from ..trace import eval_mode, trace_calls
 from .features import find_activations, observed
-from .scoring import Layer, get_layer
 
 Gradients = dict[str, Tensor]  # layer -> gradient, shaped like its weight
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers import channel_rows, get_layer, num_channels
 from ..options import Bounds
 from .block_gradients import BlockGradients, Gradients
-from .scoring import CalibrationTask, channel_rows, get_layer, num_channels, scoring
+from .scoring import CalibrationTask, scoring
 
 
 def blockwipg(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .scoring import get_layer
+from ..layers import get_layer
 
 Observer = Callable[[str, Tensor], None]
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers import Layer, get_layer, num_channels
 from .features import find_activations, observed
-from .scoring import CalibrationTask, Layer, get_layer, num_channels, scoring
+from .scoring import CalibrationTask, scoring
 
 
 def fgp(

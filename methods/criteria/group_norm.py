@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers import Layer, channel_rows, get_layer
 from ..surgery import ChannelGroup, Edit
-from .scoring import DataFreeTask, Layer, channel_rows, get_layer, scoring
+from .scoring import DataFreeTask, scoring
 
 
 def group_norm(

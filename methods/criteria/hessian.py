@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .scoring import (
-    CalibrationTask,
-    Layer,
-    batch_norms_after,
-    channel_rows,
-    get_layer,
-    num_channels,
-    scoring,
-)
+from ..layers import Layer, batch_norms_after, channel_rows, get_layer, num_channels
+from .scoring import CalibrationTask, scoring
 
 CHUNK = 16  # images whose own gradients are in memory at once
 

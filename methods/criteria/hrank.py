@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers import get_layer, num_channels
 from ..options import Bounds
 from .features import find_activations, observed
-from .scoring import CalibrationTask, get_layer, num_channels, scoring
+from .scoring import CalibrationTask, scoring
 
 
 def hrank(

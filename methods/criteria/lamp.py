@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .scoring import DataFreeTask, channel_rows, get_layer
+from ..layers import channel_rows, get_layer
+from .scoring import DataFreeTask
 
 
 def lamp(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .scoring import DataFreeTask, get_layer, num_channels
+from ..layers import get_layer, num_channels
+from .scoring import DataFreeTask
 
 
 def random(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .scoring import DataFreeTask, batch_norms_after, channel_rows, get_layer, scoring
+from ..layers import batch_norms_after, channel_rows, get_layer
+from .scoring import DataFreeTask, scoring
 
 
 def slimming(

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import Layer, batch_norms_after, channel_factors, channel_rows, get_layer
 from ..options import Bounds
-from .scoring import (
-    DataFreeTask,
-    Layer,
-    batch_norms_after,
-    channel_factors,
-    channel_rows,
-    get_layer,
-)
+from .scoring import DataFreeTask
 
 
 def synflow(

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .scoring import (
-    CalibrationTask,
-    Layer,
-    batch_norms_after,
-    channel_rows,
-    get_layer,
-    num_channels,
-    scoring,
-)
+from ..layers import Layer, batch_norms_after, channel_rows, get_layer, num_channels
+from .scoring import CalibrationTask, scoring
 
 
 def taylor(

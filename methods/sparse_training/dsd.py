@@ -24,7 +24,7 @@ from .masks import Action, ImportantSet, Metric, MetricUpdate, Threshold
 from .step import Penalty, Step
 
 if TYPE_CHECKING:
-    from ..criteria.scoring import Layer
+    from ..layers import Layer
 
 Strategy = Literal["both", "phase1_only", "slimming"]
 
@@ -90,6 +90,7 @@ def sparse_train(
     """Drives the batch-norm scales of the channels to be removed to zero (DSD, slimming).
 
     Trains `model` in place.
+
     With tau and beta the scale and shift of the batch norms, after each backward pass:
     phase 1: E = the int(n (1 - q)) channels of the largest |grad tau * tau|, N = the rest;
     tau.grad += lam sign(tau) and beta.grad += lam sign(beta) on N; tau.grad -= lam sign(tau) on E.

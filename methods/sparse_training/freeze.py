@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import Layer, batch_norms_after
 from ..trace import evaluating
-
-if TYPE_CHECKING:
-    from ..criteria.scoring import Layer
 
 Freeze = Literal["exact", "grad_zero"]
 FreezeScope = Literal["bn", "filter"]
@@ -92,8 +90,6 @@ def producers_of(
     Raises:
         ValueError: If a norm takes no layer's output.
     """
-    from ..criteria.scoring import Layer, batch_norms_after  # here: criteria imports this package
-
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
     with evaluating(model):
         after = batch_norms_after(model, list(layers), images)

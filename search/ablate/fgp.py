@@ -52,7 +52,7 @@ def _table_1(config: SearchConfig, facts: Facts) -> tuple[Row, ...]:
     for k in config.ablate.k:
         rows.append(
             Row(
-                f"fgp-k{k:g}", f"FGP, share k = {k:g} of the score", "k as the text defines it",
+                f"fgp-k{k:g}", f"FGP, share k = {k:g} of the score", "with k as the text defines it",
                 criterion="fgp", select="cumulative", amount=k,
             )
         )  # fmt: skip

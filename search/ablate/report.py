@@ -97,7 +97,8 @@ def _terms(
 
 def _tables(found: Sequence[Cell]) -> list[str]:
     """One table a group; the paper's columns first."""
-    columns = list(dict.fromkeys(name for cell in found for name in cell.row.paper))
+    printed_most = sorted(found, key=lambda cell: -len(cell.row.paper))
+    columns = list(dict.fromkeys(name for cell in printed_most for name in cell.row.paper))
     ours = [name for name in METRICS if name != "gap"]
     head = ["", *(f"paper: {name}" for name in columns), *(METRICS[m] for m in ours), "seeds"]
     lines = []

@@ -269,7 +269,7 @@ class _Counter:
         self._total, self._progress = total, progress
         self._done = 0
         self._started = self._said = time.monotonic()
-        progress.say(f"{total} jobs to run")
+        progress.say(f"{total} {'job' if total == 1 else 'jobs'} to run")
 
     def finished(self, name: str) -> None:
         self._done += 1
