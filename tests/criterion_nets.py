@@ -93,3 +93,22 @@ def make_task():
     images = 2 * torch.randn(11, 3, 6, 6, generator=generator)
     labels = torch.arange(11) % NUM_CLASSES
     return Task([(images[:6], labels[:6]), (images[6:], labels[6:])])
+
+
+def unrolled(model, image):
+    """`Net.forward` written out, every feature kept: ({layer: (conv, act)}, logits)."""
+    block = model.block
+    stem = model.stem(image)
+    stem_act = stem.relu()
+    conv1 = block.conv1(stem_act)
+    conv1_act = block.bn1(conv1).relu()
+    conv2 = block.conv2(conv1_act)
+    conv2_act = block.bn2(conv2)  # the sum ends the way
+    up = model.up((conv2_act + stem_act).relu())
+    up_act = F.silu(model.norm(up))
+    fc1 = model.fc1(up_act.mean((2, 3)))
+    fc1_act = fc1.tanh()
+    fc2 = model.fc2(fc1_act)
+    features = [(stem, stem_act), (conv1, conv1_act), (conv2, conv2_act), (up, up_act)]
+    features += [(fc1, fc1_act), (fc2, fc2)]
+    return dict(zip(LAYERS, features, strict=True)), fc2
