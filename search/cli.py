@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,6 +160,48 @@ def front(
         )
     else:
         _print_wide(front_table(run, objectives))
+
+
+@app.command()
+def ablate(
+    paper: Annotated[
+        str, typer.Argument(metavar="PAPER", help="dsd, fgp, blockwipg, blocks or layers.")
+    ],
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TABLE]",
+            help="dsd: 5 to 12; fgp: 1, 3, fig3a, fig3b, fig4; blockwipg: 2a, 3; blocks: fig2.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="Model and data; ResNet-20 on digits if none."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the results.")] = None,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Re-run an ablation table of a paper; the same command again finishes what is missing."""
+    from .ablate.run import DEFAULT_CONFIG, ablate, find_study
+    from .config import parse_config
+    from .progress import Progress
+
+    find_study(paper, table)
+    overrides = set_ or []
+    search = _load(config, overrides) if config else parse_config(DEFAULT_CONFIG, overrides)
+
+    command = shlex.join(["prune-search", *sys.argv[1:]])
+    try:
+        text = ablate(
+            paper, table, search, out_dir, seeds,
+            address=address, progress=Progress(err), command=command,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _complain("Interrupted. Every finished job is stored: repeat the command to go on.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

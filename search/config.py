@@ -57,13 +57,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     return _build(read_source(path, overrides))
 
 
-def parse_config(data: Mapping[str, Any]) -> SearchConfig:
+def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> SearchConfig:
     """Check a configuration given as nested mappings, for the Python API.
+
+    Args:
+        data: The mappings.
+        overrides: `key.sub=value` assignments, applied in order; the value is YAML.
 
     Raises:
         ConfigError: With one line for every mistake.
     """
-    return _build(mapping_source(data))
+    return _build(mapping_source(data, overrides))
 
 
 def dump_config(config: SearchConfig) -> str:
@@ -455,9 +459,6 @@ class AblateConfig(_Section):
     """What `prune-search ablate` holds fixed; a search does not read it."""
 
     seeds: int = Field(default=3, ge=1, description="how many seeds; each trains its dense model")
-    keep: float = Field(
-        default=0.64, gt=0, le=1, description="the fraction of channels kept by rows of one size"
-    )
     k: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)] = Field(
         default=(0.35, 0.4), description="FGP's k: the shares of a group's score that are kept"
     )

@@ -274,7 +274,7 @@ def _execute(
                 check_local(config)
             else:
                 stack.enter_context(connect(address))
-        stack.enter_context(_locked(folder))
+        stack.enter_context(locked(folder))
         stack.callback(lambda: _add_times(folder, clock.seconds))
         _describe(config, folder, new=new)
         with clock("dense_s"):
@@ -317,7 +317,7 @@ def _with_reference(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One driver a run folder; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:

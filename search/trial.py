@@ -68,20 +68,26 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
     return outcome
 
 
-def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
-    result, task, recover = outcome.result, context.task, context.config.recover
-    generator = torch.Generator().manual_seed(spec.seed)
-    torch.manual_seed(spec.seed)  # dropout draws from the global generator
-    with _clock(result, "score_s"):
-        start = start_of(spec.candidate, context)
-        recipe, waited = make_recipe(spec.candidate, context, spec.seed, start)
-        result.wait_s += start.waited_s + waited
-    if recover.reconstruct.steps > 0 and recipe.kept:
-        with _clock(result, "finetune_s"):
-            model, recipe = prune_by_blocks(spec.candidate, start, recipe, context, spec.seed)
-    else:
-        with _clock(result, "prune_s"):
-            model = apply(copy.deepcopy(start.model), context.plan, recipe)
+def recover_and_measure(
+    model: nn.Module,
+    recipe: Recipe | None,
+    context: TrialContext,
+    result: TrialResult,
+    generator: torch.Generator,
+) -> None:
+    """Gives a pruned model its accuracy back and fills in what is measured of it.
+
+    Args:
+        model: Changed in place.
+        recipe: What was removed; None where no recipe says it, and latency is not measured.
+        context: The worker's shared parts.
+        result: The trial's row.
+        generator: Draws the images of recovery.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    task, recover = context.task, context.config.recover
     with _clock(result, "finetune_s"):
         if recover.recalibrate_bn:
             recalibrate_batch_norm(model, task, generator=generator)
@@ -105,17 +111,36 @@ def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     _report(result, metrics, context)
     result.epochs = recover.epochs
     result.fidelity = FULL_FIDELITY
+
+
+def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
+    result = outcome.result
+    generator = torch.Generator().manual_seed(spec.seed)
+    torch.manual_seed(spec.seed)  # dropout draws from the global generator
+    with _clock(result, "score_s"):
+        start = start_of(spec.candidate, context)
+        recipe, waited = make_recipe(spec.candidate, context, spec.seed, start)
+        result.wait_s += start.waited_s + waited
+    if context.config.recover.reconstruct.steps > 0 and recipe.kept:
+        with _clock(result, "finetune_s"):
+            model, recipe = prune_by_blocks(spec.candidate, start, recipe, context, spec.seed)
+    else:
+        with _clock(result, "prune_s"):
+            model = apply(copy.deepcopy(start.model), context.plan, recipe)
+    recover_and_measure(model, recipe, context, result, generator)
     outcome.recipe = recipe
     outcome.state = copy_state(model)
 
 
-def _measure(model: nn.Module, recipe: Recipe, context: TrialContext, result: TrialResult) -> None:
+def _measure(
+    model: nn.Module, recipe: Recipe | None, context: TrialContext, result: TrialResult
+) -> None:
     example = context.task.example_input(context.config.latency.batch_size)
     result.widths = layer_widths(model)
     result.macs = count_macs(model, example)
     result.num_params = count_params(model)
     result.peak_memory_mib = peak_memory_mib(model, example)
-    if context.measure_latency is None:
+    if context.measure_latency is None or recipe is None:
         return
     start = time.perf_counter()
     latency, busy_s = context.measure_latency(recipe)

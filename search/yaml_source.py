@@ -113,14 +113,18 @@ def read_source(path: str | Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
-def mapping_source(data: Mapping[str, Any], label: str = "config") -> Source:
-    """Wrap a mapping of the Python API, which has no positions."""
+def mapping_source(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), label: str = "config"
+) -> Source:
+    """Wrap a mapping of the Python API, which has no positions, and apply `overrides`."""
     if not isinstance(data, Mapping):
         raise ConfigError(
             f"{label}: the configuration (={show(data)}) must be a mapping of keys to values."
             " Use load_config to read a file."
         )
-    return Source(label, _plain(data, (), Source(label), label))
+    source = Source(label, _plain(data, (), Source(label), label))
+    _apply(source, overrides)
+    return source
 
 
 def write_yaml(data: Mapping[str, Any], stream: Any) -> None:

@@ -132,7 +132,7 @@ def test_unwritable_output(invoke: Invoke, tmp_path: Path) -> None:
 
 def test_a_run_folder_in_use_is_refused(invoke: Invoke, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with runs._locked(out):
+    with runs.locked(out):
         (out / "config.yaml").write_text(SMALL)
         code, _, err = invoke("resume", out)
     assert code == 2

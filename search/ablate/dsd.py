@@ -11,6 +11,7 @@ from .study import Facts, Row, Study
 BEFORE, AFTER = "pruned (%)", "fine-tuned (%)"
 COMPARE = {"accuracy_before_finetune": BEFORE, "accuracy": AFTER}
 Form = tuple[str, Mapping[str, Any], float, float]
+OURS = ("both stages, running mean of the measure (EMA .95)", {"strategy": "both", "ema": 0.95})
 
 _ACTIONS = {"P": "penalize", "R": "reward"}
 _PARTS = {"E": "important", "N": "redundant"}
@@ -58,7 +59,7 @@ def _stages(*figures: tuple[float, float]) -> list[Form]:
 
 
 def _rows(forms: list[Form], dense: float) -> Callable[[SearchConfig, Facts], tuple[Row, ...]]:
-    """The forms at the config's q, and two controls pruned alike without sparse training."""
+    """The forms at the config's q, and controls: ours, and without sparse training."""
 
     def rows(config: SearchConfig, facts: Facts) -> tuple[Row, ...]:
         keep = round(1 - config.ablate.dsd_q, 6)
@@ -71,10 +72,18 @@ def _rows(forms: list[Form], dense: float) -> Callable[[SearchConfig, Facts], tu
                     select="global", amount=keep, paper=paper,
                 )
             )  # fmt: skip
+        if any("strategy" in options for _, options, _, _ in forms):
+            label, options = OURS
+            found.append(
+                Row(
+                    "ours", label, criterion="dsd", options=options, select="global",
+                    amount=keep, control=True,
+                )
+            )  # fmt: skip
         for name, label in (("slimming", "|tau|"), ("random", "random channels")):
             found.append(
                 Row(
-                    name, f"no sparse training, {label}", criterion=name, select="global",
+                    name, f"{label} without sparse training", criterion=name, select="global",
                     amount=keep, control=True,
                 )
             )  # fmt: skip

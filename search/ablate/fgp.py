@@ -223,6 +223,6 @@ STUDIES = (
         method="Peak k",
         compare={"accuracy": "VGG-16 top-1 (%)"},
         notes=("k is the last of ablate.k.",),
-        picture=Picture("macs", "multiply-adds kept (% of dense)", ""),
+        picture=Picture("bars", "below each bar: multiply-adds kept (% of dense)", ""),
     ),
 )

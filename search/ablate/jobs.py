@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ...methods.block_removal import rank_blocks
 from ...methods.data import ImageData, Split
-from ...methods.finetune import finetune, recalibrate_batch_norm
 from ...methods.layer_attribution import score_layers
 from ...methods.layer_bypass import bypass, bypassable_layers, zero
-from ...methods.measure import count_macs, count_params, peak_memory_mib
+from ...methods.measure import count_macs
 from ...methods.surgery import apply, layer_widths
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
@@ -29,6 +27,7 @@ from ..prune import make_recipe
 from ..records import Candidate, TrialResult, TrialStatus
 from ..setup import (
     Problem,
+    draw_model,
     find_groups,
     find_removable,
     load_state,
@@ -38,7 +37,7 @@ from ..setup import (
     trial_device,
     unpack_images,
 )
-from ..trial import FULL_FIDELITY, run_trial, with_provenance
+from ..trial import FULL_FIDELITY, recover_and_measure, run_trial, with_provenance
 from .study import Row
 
 
@@ -146,7 +145,14 @@ def _at_macs_of(
 
 def _blocks(row: Row, seed: int, context: TrialContext, problem: Problem) -> list[TrialResult]:
     """One trial for each number of removed blocks, in the order of the row."""
-    ranking = rank_blocks(context.dense, context.task, problem.blocks, seed=seed, **row.options)
+    ranking = rank_blocks(
+        context.dense,
+        context.task,
+        problem.blocks,
+        seed=seed,
+        fresh=lambda: draw_model(context.config, context.task.num_classes),
+        **row.options,
+    )
     measured = {step.removed: step.accuracy for step in ranking.path}
     results = []
     for trial_id, point in zip(row.trial_ids(seed), row.points, strict=True):
@@ -172,7 +178,13 @@ def _layers(row: Row, seed: int, context: TrialContext, problem: Problem) -> lis
         remove(model, [module for unit in order[:point] for module in units[unit]])
         text = _provenance(Candidate(), row, point=point, units=order[:point])
         result = TrialResult(trial_id, TrialStatus.COMPLETED, candidate=text, seed=seed)
-        results.append(_finish(model, result, context))
+        result.host, result.device = platform.node(), str(context.task.device)
+        result.started_at = time.time()
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        recovery = torch.Generator().manual_seed(seed)
+        recover_and_measure(model, None, context, result, recovery)
+        result.finished_at = time.time()
+        results.append(result)
     return results
 
 
@@ -181,40 +193,6 @@ _WORK: dict[str, Callable[[Row, int, TrialContext, Problem], list[TrialResult]]]
     "blocks": _blocks,
     "layers": _layers,
 }
-
-
-def _finish(model: nn.Module, result: TrialResult, context: TrialContext) -> TrialResult:
-    """Measures and recovers a model that no `Recipe` makes, as `run_trial` does for the others."""
-    task, recover = context.task, context.config.recover
-    generator = torch.Generator().manual_seed(result.seed)
-    torch.manual_seed(result.seed)
-    result.host, result.device, result.started_at = platform.node(), str(task.device), time.time()
-    if recover.recalibrate_bn:
-        recalibrate_batch_norm(model, task, generator=generator)
-    metrics = task.evaluate(model, "val")
-    result.accuracy_before_finetune = metrics["accuracy"]
-    example = task.example_input(context.config.latency.batch_size)
-    result.widths = layer_widths(model)
-    result.macs = count_macs(model, example)
-    result.num_params = count_params(model)
-    result.peak_memory_mib = peak_memory_mib(model, example)
-    if recover.epochs > 0:
-        finetune(
-            model,
-            task,
-            epochs=recover.epochs,
-            lr=recover.lr,
-            generator=generator,
-            augment=context.config.data.augment,
-            teacher=context.dense if recover.distill > 0 else None,
-            distill=recover.distill,
-        )
-        metrics = task.evaluate(model, "val")
-    result.accuracy, result.loss = metrics["accuracy"], metrics["loss"]
-    result.accuracy_drop = context.baseline_accuracy - metrics["accuracy"]
-    result.epochs, result.fidelity = recover.epochs, FULL_FIDELITY
-    result.finished_at = time.time()
-    return result
 
 
 # --- the problem of a row --------------------------------------------------------------------

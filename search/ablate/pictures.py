@@ -63,9 +63,12 @@ def draw(
 
 
 def _panel(axes: Axes, picture: Picture, found: Sequence[Cell], metric: str) -> None:
+    curves = _curves(found, metric)
+    if picture.x == "bars":
+        _bars(axes, [members[0] for members in curves.values()], metric)
+        return
     if not picture.gap:
         _star(axes, picture, found, metric)
-    curves = _curves(found, metric)
     for index, (label, members) in enumerate(curves.items()):
         shift = DODGE * (index - (len(curves) - 1) / 2) if picture.x == "point" else 0.0
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
@@ -76,6 +79,17 @@ def _panel(axes: Axes, picture: Picture, found: Sequence[Cell], metric: str) -> 
             label=label, color=color, marker=marker, ms=6, mec="white", lw=1.6, capsize=2.5,
             elinewidth=1,
         )  # fmt: skip
+
+
+def _bars(axes: Axes, members: Sequence[Cell], metric: str) -> None:
+    spans = list(zip(*(_span(cell, metric) for cell in members), strict=True))
+    for index, cell in enumerate(members):
+        color = _COLORS[index % len(_COLORS)]
+        axes.bar(index, _mean(cell, metric), color=color, width=0.7, label=cell.row.label)
+    heights = [_mean(cell, metric) for cell in members]
+    axes.errorbar(range(len(members)), heights, yerr=spans, fmt="none", color=INK, capsize=3)
+    labels = [f"{_mean(cell, 'macs'):.1f} %" for cell in members]
+    axes.set_xticks(range(len(members)), labels)
 
 
 def _star(axes: Axes, picture: Picture, found: Sequence[Cell], metric: str) -> None:

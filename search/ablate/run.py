@@ -18,8 +18,7 @@ from ..config import ConfigError, SearchConfig, dump_config, load_config, parse_
 from ..environment import environment
 from ..progress import Progress
 from ..records import TrialResult, TrialStatus
-from ..runs import CONFIG, ENVIRONMENT, LOCAL, absolute, check_writable
-from ..runs import _locked as locked
+from ..runs import CONFIG, ENVIRONMENT, LOCAL, absolute, check_writable, locked
 from ..setup import Problem, pack_images, pose
 from ..store import Store, atomic_write_bytes, read_json, to_table, write_json
 from . import blocks, blockwipg, dsd, fgp
@@ -42,7 +41,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "data": {"name": "digits", "image_size": 16, "batch_size": 64, "calibration_size": 256},
     "baseline": {"epochs": 15, "lr": 0.1},
     "recover": {"epochs": 2, "lr": 0.02},
-    "ablate": {"dsd_lambda": 0.08, "dsd_epochs": 9.0},  # 120 steps of phase 1 take tau to zero
+    "ablate": {"dsd_lambda": 0.12, "dsd_epochs": 9.0},  # 120 steps of phase 1 take tau to zero
 }
 """ResNet-20 on scikit-learn's digits at 16 px: minutes on two cores, no files needed.
 

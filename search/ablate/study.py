@@ -121,13 +121,14 @@ class Picture:
     """How a figure is drawn.
 
     Attributes:
-        x: `point` (removed units or `Row.x`) or `macs` (fraction of the dense model's).
+        x: `point` (removed units or `Row.x`), `macs` (fraction of the dense model's) or `bars`
+            (one a row).
         x_label: What stands below it.
         position: What the positions of a curve count.
         gap: Whether the accuracy lost against the dense model is drawn, not the accuracy.
     """
 
-    x: Literal["point", "macs"]
+    x: Literal["point", "macs", "bars"]
     x_label: str
     position: str
     gap: bool = False
