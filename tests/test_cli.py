@@ -78,6 +78,20 @@ WRONG = {
     "GPU that is not there": (["resources.gpu=1"], ["resources.gpu", "no GPU"]),
     "more cores than there are": (["resources.cpu=512"], ["resources.cpu", "512", "at most"]),
     "a GPU and a half": (["resources.gpu=1.5"], ["resources.gpu", "1.5", "whole"]),
+    "option of sparse training": (
+        ["space.criteria=[{dsd: {stratgy: both}}]"],
+        ["dsd.stratgy", "strategy"],
+    ),
+    "value out of bounds": (
+        ["space.criteria=[{blockwipg: {sigma: -1}}]"],
+        ["blockwipg.sigma", "-1", "must be a number from"],
+    ),
+    "range of Q": (["space.dsd_q={low: 0.8, high: 0.4}"], ["dsd_q.low", "0.8", "high"]),
+    "unknown rule": (["space.select=[globl]"], ["space.select", "globl", "global"]),
+    "fine-tuned scores of a fixed order": (
+        ["space.blocks={order: sequential, score_finetune_epochs: 1}"],
+        ["score_finetune_epochs", "sequential", "greedy"],
+    ),
     "wrong constraint": (["constraints=['speed < 1']"], ["constraints", "speed"]),
 }
 
@@ -207,3 +221,21 @@ def test_names_are_listed(command: str, invoke: Invoke) -> None:
     listed = {name for group in json.loads(out).values() for name in group}
     assert set(names) <= listed
     assert all(line for group in json.loads(out).values() for line in group.values())
+
+
+def test_ablate_names_the_papers_and_the_tables(invoke: Invoke, tmp_path: Path) -> None:
+    code, _, err = invoke("ablate", "dds", "5")
+    assert code == 2 and "`PAPER` (=dds)" in err and "Did you mean `dsd`?" in err
+    code, _, err = invoke("ablate", "fgp", "fig3c")
+    assert code == 2 and "`TABLE` (=fig3c)" in err and "fig3a" in err
+    code, _, err = invoke("ablate", "dsd", "5", "--set", "ablate.sedes=2")
+    assert code == 2 and "ablate.sedes" in err and "seeds" in err
+    code, _, err = invoke("ablate", "dsd", "5", "--config", tmp_path / "none.yaml")
+    assert code == 2 and "none.yaml" in err
+
+
+def test_sparse_needs_a_run_with_sparse_training(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(SMALL)
+    code, _, err = invoke("sparse", tmp_path / "run")
+    assert code == 2 and "sparse training" in err and "dsd" in err

@@ -147,15 +147,9 @@ def test_kill_and_resume_runs_nothing_twice(finished: tuple[Run, str], tmp_path:
     """The resumed run ends with the trials that an undisturbed one has."""
     undisturbed, _ = finished
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*PRUNE_SEARCH, "run", str(write_config(tmp_path)), "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _wait_for(lambda: len(list(out.glob("trials/t*.parquet"))) >= 2, process)
+    process = _start(write_config(tmp_path), out, trials=2)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = {r.trial_id: r for r in Run(out).results()}
     assert 2 <= len(before) < 6
     done = command("resume", out)
@@ -170,14 +164,7 @@ def test_kill_and_resume_runs_nothing_twice(finished: tuple[Run, str], tmp_path:
 
 def test_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*PRUNE_SEARCH, "run", str(write_config(tmp_path)), "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _wait_for(lambda: len(list(out.glob("trials/t*.parquet"))) >= 1, process)
+    process = _start(write_config(tmp_path), out, trials=1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -205,12 +192,21 @@ def _essence(run: Run) -> list[Any]:
     ]
 
 
-def _wait_for(condition: Any, process: subprocess.Popen[Any]) -> None:
+def _start(config: Path, out: Path, *, trials: int) -> subprocess.Popen[str]:
+    """Starts a run in a session of its own; returns when it has stored so many trials."""
+    process = subprocess.Popen(
+        [*PRUNE_SEARCH, "run", str(config), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 240
-    while not condition():
+    while len(list(out.glob("trials/t*.parquet"))) < trials:
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
 
 
 def _pruned_by_hand(run: Run, trial: str) -> torch.nn.Module:
