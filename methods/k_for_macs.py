@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .measure import count_macs
 from .surgery import PruningPlan, Recipe, apply
 
-PRECISION = 2.0**-12  # of k
+SMALLEST = 1e-9
 
 
 def k_for_macs(
@@ -22,7 +22,8 @@ def k_for_macs(
 ) -> float:
     """The largest k in (0, 1] whose recipe keeps at most a fraction of the model's MACs.
 
-    Found by bisection: a larger k never keeps fewer channels.
+    Found by bisection, down to the last channel: a larger k never keeps fewer, and where few
+    channels hold nearly all of the score, widths differ in the last digits of k only.
 
     Args:
         model: The dense model; left as it was.
@@ -32,26 +33,32 @@ def k_for_macs(
         target: Fraction of the dense model's MACs, in (0, 1].
 
     Returns:
-        k, to within `PRECISION`.
+        k.
 
     Raises:
         ValueError: If the smallest k still keeps more MACs.
     """
-    dense = count_macs(model, example_input)
+    budget = target * count_macs(model, example_input)
 
-    def fits(k: float) -> bool:
-        pruned = apply(copy.deepcopy(model), plan, recipe(k))
-        return count_macs(pruned, example_input) <= target * dense
+    def fits(removal: Recipe) -> bool:
+        pruned = apply(copy.deepcopy(model), plan, removal)
+        return count_macs(pruned, example_input) <= budget
 
-    if fits(1.0):
-        return 1.0
-    low, high = PRECISION, 1.0
-    if not fits(low):
+    low, high = SMALLEST, 1.0
+    below, above = recipe(low), recipe(high)
+    if fits(above):
+        return high
+    if not fits(below):
         raise ValueError(
-            f"`macs_keep` (={target:g}) must be reachable: one channel in every group is still "
-            "more of the dense model's MACs. Raise it, or drop blocks as well."
+            f"`macs_keep` (={target:g}) must be reachable: the narrowest widths still keep more "
+            "of the dense model's MACs. Raise it, or drop blocks as well."
         )
-    while high - low > PRECISION:
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    while low < (middle := (low + high) / 2) < high:
+        between = recipe(middle)
+        if between == below or (between != above and fits(between)):
+            low, below = middle, between
+        else:
+            high, above = middle, between
+        if below == above:
+            break
     return low

@@ -15,6 +15,7 @@ Retain = Literal["peak30", "peak50_rand30", "bot50_rand30", "rand30"]
 RETAINED = 0.3  # of the channels, in every retain mode
 
 _ROUNDING = 1e-9  # what binary fractions may add: 0.07 * 100 is a little more than 7
+_SUMMING = 1e-13  # what a sum of many scores may add, relative to it
 
 
 def num_kept(channels: int, keep: float, *, round_to: int = 1) -> int:
@@ -83,7 +84,7 @@ def select_cumulative(scores: Tensor, k: float, *, round_to: int = 1) -> Tensor:
     total = cumulated[-1].item()
     if total == 0:
         return select_ratio(scores, k, round_to=round_to)
-    fewest = int((cumulated < k * total * (1 - _ROUNDING)).sum()) + 1
+    fewest = int((cumulated < k * total * (1 - _SUMMING)).sum()) + 1
     return _sorted(order[: _rounded(fewest, len(order), round_to)])
 
 
@@ -148,7 +149,8 @@ def select_retain(
     if retain not in get_args(Retain):
         raise ValueError(unknown_name("retain", retain, get_args(Retain)))
     order = _ranking(scores)
-    count, half = num_kept(len(order), RETAINED, round_to=round_to), math.ceil(len(order) / 2)
+    count = num_kept(len(order), RETAINED, round_to=round_to)
+    half = max(count, math.ceil(len(order) / 2))
     if retain == "peak30":
         return _sorted(order[:count])
     pool = {
@@ -196,7 +198,7 @@ def _check_fraction(field: str, value: float) -> None:
     if not 0 < value <= 1:
         raise ValueError(
             f"`{field}` (={value}) must be in (0, 1]: it is the fraction that is kept. "
-            f"Use 1 to keep everything."
+            f"Use 1 for the whole."
         )
 
 

@@ -164,6 +164,13 @@ def test_retain_keeps_a_channel_of_very_narrow_layers(mode, channels):
     assert len(select_retain(torch.ones(channels), mode, torch.Generator())) >= 1
 
 
+@pytest.mark.parametrize("mode", ["peak30", "peak50_rand30", "bot50_rand30", "rand30"])
+def test_retain_modes_keep_alike_many_when_widths_are_rounded(mode):
+    for channels, width in ((8, 8), (32, 8)):
+        kept = select_retain(torch.rand(channels), mode, torch.Generator(), round_to=8)
+        assert len(set(kept.tolist())) == width
+
+
 # --- all groups together ---------------------------------------------------------------------
 
 
