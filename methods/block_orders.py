@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Literal, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from .block_evaluation import BlockStep, Evaluator, RankingTask, State
 from .blocks import remove_blocks
-from .finetune import finetune
+from .finetune import finetune, recalibrate_batch_norm
 from .layer_attribution import score_layers
 from .seeding import seeded
 
@@ -30,6 +31,9 @@ class Candidates(Protocol):
 
     def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
         """The model without `removed` and one more of `blocks`, which come in forward order."""
+
+    def every_subset(self) -> list[BlockStep]:
+        """The model without each subset of the blocks."""
 
 
 def greedy(candidates: Candidates, score: Score, max_drop: int | None) -> Ranked:
@@ -52,10 +56,10 @@ def oneshot(candidates: Candidates, score: Score) -> Ranked:
     return _singles(candidates.without_each((), candidates.blocks), score)
 
 
-def optimum(evaluator: Evaluator, score: Score) -> Ranked:
+def optimum(candidates: Candidates, score: Score) -> Ranked:
     """Single removals in order, and the best subset of each size: brute force."""
-    steps = evaluator.every_subset()
-    sizes = range(1, len(evaluator.blocks) + 1)
+    steps = candidates.every_subset()
+    sizes = range(1, len(candidates.blocks) + 1)
     ranked = [_sorted([s for s in steps if len(s.removed) == size], score) for size in sizes]
     singles = [step.removed[0] for step in ranked[0]] if ranked else []
     return singles, [best[0] for best in ranked]
@@ -81,7 +85,7 @@ def sr_init(
     """
     draws = []
     for sample in range(samples):
-        with seeded(model, seed + REDRAW * (sample + 1)):
+        with seeded(seed + REDRAW * (sample + 1)):
             states = _fresh_states(model, evaluator.blocks, fresh)
         draws.append(evaluator.with_states(states))
     return _singles([_mean(steps) for steps in zip(*draws, strict=True)], score)
@@ -94,8 +98,8 @@ def attribution(evaluator: Evaluator, model: nn.Module, task: RankingTask, *, se
     return sorted(reversed(evaluator.blocks), key=scores.__getitem__), []
 
 
-class Finetuned:
-    """Candidates that are fine-tuned before they are measured.
+class Recovered:
+    """Candidates that get some accuracy back before they are measured.
 
     Each is a copy of the model. All candidates for one removal see the same training batches.
 
@@ -103,8 +107,10 @@ class Finetuned:
         evaluator: Measures them.
         model: The model with all its blocks; never changed.
         task: Gives the training batches and the loss.
+        recalibrate_bn: Whether batch-norm statistics are re-estimated first.
         epochs: Of the fine-tuning.
         lr: Its peak learning rate.
+        augment: Whether its images are augmented as suits the data set.
         cumulative: A removal starts from the weights that the removal before it ended with, and
             not from the model's own.
         seed: Of the training batches, and of what the model itself draws.
@@ -116,8 +122,10 @@ class Finetuned:
         model: nn.Module,
         task: RankingTask,
         *,
+        recalibrate_bn: bool,
         epochs: float,
         lr: float,
+        augment: bool,
         cumulative: bool,
         seed: int,
     ) -> None:
@@ -125,12 +133,13 @@ class Finetuned:
         self._evaluator = evaluator
         self._model = model
         self._task = task
+        self._recalibrate_bn, self._augment = recalibrate_bn, augment
         self._epochs, self._lr, self._seed = epochs, lr, seed
         self._cumulative = cumulative
         self._last: dict[tuple[str, ...], nn.Module] = {}  # the candidates for the last removal
 
     def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
-        """The fine-tuned models without `removed` and one more of `blocks`."""
+        """The recovered models without `removed` and one more of `blocks`."""
         start = self._last.pop(removed, None)
         self._last.clear()
         steps = []
@@ -139,16 +148,35 @@ class Finetuned:
                 candidate = remove_blocks(copy.deepcopy(self._model), [*removed, block])
             else:
                 candidate = remove_blocks(copy.deepcopy(start), [block])
-            self._finetune(candidate, self._seed + len(removed))
+            self._recover(candidate, self._seed + len(removed))
             steps.append(self._evaluator.of_model(candidate, (*removed, block)))
             if self._cumulative:
                 self._last[steps[-1].removed] = candidate
         return steps
 
-    def _finetune(self, model: nn.Module, seed: int) -> None:
+    def every_subset(self) -> list[BlockStep]:
+        """The recovered model without each subset of the blocks."""
+        steps = []
+        for size in range(len(self.blocks) + 1):
+            for removed in combinations(self.blocks, size):
+                candidate = remove_blocks(copy.deepcopy(self._model), removed)
+                self._recover(candidate, self._seed + max(0, size - 1))
+                steps.append(self._evaluator.of_model(candidate, removed))
+        return steps
+
+    def _recover(self, model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        with seeded(model, seed), torch.enable_grad():  # dropout draws from the global generators
-            finetune(model, self._task, epochs=self._epochs, lr=self._lr, generator=generator)
+        with seeded(seed), torch.enable_grad():  # dropout draws from the global generators
+            if self._recalibrate_bn:
+                recalibrate_batch_norm(model, self._task, generator=generator)
+            finetune(
+                model,
+                self._task,
+                epochs=self._epochs,
+                lr=self._lr,
+                generator=generator,
+                augment=self._augment,
+            )
 
 
 def _fresh_states(

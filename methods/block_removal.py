@@ -18,8 +18,8 @@ from torch import nn
 from .block_evaluation import BlockStep, Evaluator, RankingTask
 from .block_orders import (
     Candidates,
-    Finetuned,
     Fresh,
+    Recovered,
     Score,
     attribution,
     greedy,
@@ -37,7 +37,7 @@ Order = Literal[
 ]
 FinetuneFrom = Literal["original", "cumulative"]
 MAX_EXHAUSTIVE = 12  # blocks: 4,096 subsets
-FINETUNED_ORDERS = ("greedy", "oneshot")
+MEASURED_ORDERS = ("greedy", "oneshot", "exhaustive")
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def rank_blocks(
     seed: int = 0,
     max_drop: int | None = None,
     suffix_only: bool = True,
+    score_recalibrate_bn: bool = False,
     score_finetune_epochs: float = 0.0,
     finetune_from: FinetuneFrom = "original",
     finetune_lr: float = 1e-3,
+    augment: bool = True,
     sr_samples: int = 1,
     fresh: Fresh | None = None,
 ) -> BlockRanking:
@@ -107,11 +109,14 @@ def rank_blocks(
             order of the last measurement.
         suffix_only: Run only what follows the removed block. The numbers are the same to the last
             digit; a model that does not allow it is run whole, and so is a fine-tuned one.
-        score_finetune_epochs: Greedy and oneshot fine-tune a copy of the model for so long before
-            they measure a removal; a fraction trains on that share of an epoch.
+        score_recalibrate_bn: Greedy, oneshot and exhaustive re-estimate the batch-norm statistics
+            of a copy of the model before they measure a removal: what a search does after it.
+        score_finetune_epochs: Likewise, fine-tune it for so long; a fraction trains on that share
+            of an epoch.
         finetune_from: Greedy fine-tunes each removal from the model's `original` weights, or from
             those that the removal before it ended with (`cumulative`).
         finetune_lr: Peak learning rate of that.
+        augment: Whether its images are augmented as suits the data set.
         sr_samples: sr_init takes the mean over so many draws.
         fresh: Returns a newly initialised model like `model`, for sr_init. By default every
             module's `reset_parameters` draws a block anew.
@@ -127,19 +132,27 @@ def rank_blocks(
     _check_name("order", order, get_args(Order))
     _check_name("score", score, get_args(Score))
     _check_name("finetune_from", finetune_from, get_args(FinetuneFrom))
-    _check_numbers(order, max_drop, score_finetune_epochs, sr_samples)
+    _check_numbers(max_drop, score_finetune_epochs, sr_samples)
+    if order not in MEASURED_ORDERS and (score_finetune_epochs > 0 or score_recalibrate_bn):
+        raise ValueError(
+            f"`order` (={order}) must be one of {', '.join(MEASURED_ORDERS)}: no other measures "
+            "removals, so nothing can recover before. Change it, or set score_finetune_epochs: 0 "
+            "and score_recalibrate_bn: false."
+        )
     started = time.perf_counter()
     with eval_mode(model):
         evaluator = Evaluator(model, task, blocks, suffix_only)
         candidates: Candidates = evaluator
-        if score_finetune_epochs > 0:
+        if score_finetune_epochs > 0 or score_recalibrate_bn:
             evaluator.suffix_only = False
-            candidates = Finetuned(
+            candidates = Recovered(
                 evaluator,
                 model,
                 task,
+                recalibrate_bn=score_recalibrate_bn,
                 epochs=score_finetune_epochs,
                 lr=finetune_lr,
+                augment=augment,
                 cumulative=finetune_from == "cumulative",
                 seed=seed,
             )
@@ -151,7 +164,7 @@ def rank_blocks(
             names, path = oneshot(candidates, score)
         elif order == "exhaustive":
             _check_exhaustive(evaluator.blocks)
-            names, path = optimum(evaluator, score)
+            names, path = optimum(candidates, score)
         elif order == "greedy":
             names, path = greedy(candidates, score, max_drop)
         elif order == "sr_init":
@@ -203,7 +216,7 @@ def _check_exhaustive(blocks: Sequence[str]) -> None:
         )
 
 
-def _check_numbers(order: str, max_drop: int | None, epochs: float, sr_samples: int) -> None:
+def _check_numbers(max_drop: int | None, epochs: float, sr_samples: int) -> None:
     if max_drop is not None and max_drop < 0:
         raise ValueError(
             f"`max_drop` (={max_drop}) must be at least 0: it counts removals. Leave it out to "
@@ -213,12 +226,6 @@ def _check_numbers(order: str, max_drop: int | None, epochs: float, sr_samples: 
         raise ValueError(
             f"`score_finetune_epochs` (={epochs}) must be a finite number from 0 up: it is how "
             "long each candidate is trained. Use 0 to measure without training."
-        )
-    if epochs > 0 and order not in FINETUNED_ORDERS:
-        raise ValueError(
-            f"`score_finetune_epochs` (={epochs}) must be 0 with order {order}: only "
-            f"{' and '.join(FINETUNED_ORDERS)} train what they measure. Set it to 0, or change "
-            "the order."
         )
     if sr_samples < 1:
         raise ValueError(

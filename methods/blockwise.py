@@ -34,6 +34,7 @@ def prune_blockwise(
     num_vectors: int = 256,
     student_input: Literal["student", "teacher"] = "student",
     finetune_with_labels: bool = False,
+    augment: bool = True,
     ratio_target: RatioTarget = "channels",
     on_block: Callable[[int, str], None] | None = None,
     criterion: str = "blockwipg",
@@ -63,6 +64,7 @@ def prune_blockwise(
             the blocks before it changed, or on those of the dense model.
         finetune_with_labels: Train each block for `epochs` more, on L_CL + L_KD: the label loss
             of the whole model plus the above, over `num_vectors` training images an epoch.
+        augment: Whether those training images are augmented as suits the data set.
         ratio_target: Each step removes an equal share of a block's channels, weights or
             multiply-adds.
         on_block: Called with step (from 1) and block after each reconstruction.
@@ -96,7 +98,7 @@ def prune_blockwise(
             recipe = compose(plan, recipe, removal)
             study.reconstruct(student, block, student_input)
             if finetune_with_labels:
-                study.finetune(student, block)
+                study.finetune(student, block, augment)
             if on_block is not None:
                 on_block(step, block)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -166,7 +168,7 @@ class _Study:
                 for rows in torch.split(order.to(features.device), self.batch_size):
                     step(F.mse_loss(module(features[rows]), answers[rows]))
 
-    def finetune(self, student: nn.Module, block: str) -> None:
+    def finetune(self, student: nn.Module, block: str, augment: bool) -> None:
         """Trains one block of the student on labelled images."""
         module = student.get_submodule(block)
         outputs: list[Tensor] = []
@@ -179,7 +181,7 @@ class _Study:
             with self._training(module) as step:
                 for _ in range(self.epochs):
                     for images, target in self.task.train_batches(
-                        self.generator, max_images=self.num_vectors
+                        self.generator, max_images=self.num_vectors, augment=augment
                     ):
                         outputs.clear()
                         loss = self.task.loss(student(images), target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .criteria.scoring import scoring
 from .layer_gradients import BatchLoss, Draw, grad_x_act, gradient_shap
 from .names import unknown_name
-from .options import Bounds
+from .options import Bounds, check_options
 from .seeding import seeded
 
 LayerScore = Literal["grad_x_act", "gradient_shap", "layer_l1", "random"]
@@ -80,13 +80,18 @@ def score_layers(
     Raises:
         ValueError: If a name is unknown, a layer returns no tensor, or a score is not finite.
     """
-    for field, value, known in [
-        ("score", score, LayerScore),
-        ("reduce", reduce, Reduce),
-        ("baselines", baselines, Baselines),
-    ]:
-        if value not in get_args(known):
-            raise ValueError(unknown_name(field, value, get_args(known)))
+    check_options(
+        "layers",
+        score_layers,
+        {
+            "score": score,
+            "reduce": reduce,
+            "n_samples": n_samples,
+            "baselines": baselines,
+            "stdev": stdev,
+        },
+        without=("generator", "batch_loss"),
+    )
     modules = _modules(model, layers)
     if score == "random":
         return {name: torch.rand((), generator=generator).item() for name in modules}
@@ -96,7 +101,7 @@ def score_layers(
     seed = int(torch.randint(2**31, (), generator=generator))
     totals = dict.fromkeys(modules, 0.0)
     batches = task.calibration_batches() if modules else []
-    with scoring(model), seeded(model, seed):
+    with scoring(model), seeded(seed):
         for images, target in batches:
             if score == "grad_x_act":
                 found = grad_x_act(model, loss, modules, images, target)

@@ -6,18 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 
 @contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seeds torch's global generators of the CPU and of the model's GPUs; puts them back.
-
-    Args:
-        model: Whose devices count.
-        seed: Decides everything random inside.
-    """
-    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's global generators, of the CPU and of every GPU, and puts them back."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

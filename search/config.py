@@ -239,8 +239,15 @@ class BlocksConfig(_Section):
     score: Literal["accuracy", "loss"] = Field(
         default="accuracy", description="what a removal must not cost"
     )
+    score_recalibrate_bn: bool = Field(
+        default=False,
+        description="whether batch norms are re-estimated before a removal is scored",
+    )
     score_finetune_epochs: float = Field(
         default=0.0, ge=0, description="fine-tuning of each candidate removal before it is scored"
+    )
+    score_finetune_lr: float = Field(
+        default=1e-3, gt=0, description="the peak learning rate of such fine-tuning"
     )
     finetune_from: Literal["original", "cumulative"] = Field(
         default="original", description="the weights that such fine-tuning starts from"
@@ -253,13 +260,15 @@ class BlocksConfig(_Section):
     )
 
     @model_validator(mode="after")
-    def _finetuned_orders(self) -> BlocksConfig:
-        if self.score_finetune_epochs > 0 and self.order not in ("greedy", "oneshot"):
+    def _scored_orders(self) -> BlocksConfig:
+        recovers = self.score_finetune_epochs > 0 or self.score_recalibrate_bn
+        if recovers and self.order not in ("greedy", "oneshot", "exhaustive"):
             raise RuleError(
-                f"be 0 where `order` is {self.order}: only greedy and oneshot score removals",
-                "score_finetune_epochs",
-                value=self.score_finetune_epochs,
-                fix="Delete it, or set order: greedy.",
+                "be greedy, oneshot or exhaustive where score_finetune_epochs or "
+                "score_recalibrate_bn is set: no other order scores removals",
+                "order",
+                value=self.order,
+                fix="Set order: greedy, or delete the two.",
             )
         return self
 
@@ -391,6 +400,9 @@ class ReconstructConfig(_Section):
     num_vectors: int = Field(default=256, ge=2, description="noise images, a block and step")
     labels: bool = Field(
         default=False, description="whether each block is also trained on labelled images"
+    )
+    ratio_target: Literal["channels", "params", "macs"] = Field(
+        default="channels", description="what each step removes an equal share of"
     )
 
 

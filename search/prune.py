@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.block_widths import inner_groups
 from ..methods.blockwise import prune_blockwise
-from ..methods.criteria import COMPARABLE, DRAWN, score_channels
+from ..methods.criteria import COMPARABLE, DRAWN, NEEDS, score_channels
 from ..methods.k_for_macs import k_for_macs
 from ..methods.restrict import compose, restrict
 from ..methods.select import SELECTION_RULES, select_cumulative, select_global, select_retain
@@ -27,6 +27,7 @@ from ..methods.surgery import (
     group_norms,
     group_scores,
 )
+from ..methods.tasks.no_data import NoData
 from .cache import Made
 from .context import TrialContext
 from .records import Candidate
@@ -112,10 +113,11 @@ def prune_by_blocks(
     )
     model = apply(copy.deepcopy(start.model), context.plan, outer)
     sparse = candidate.dsd_lambda is not None
+    criterion = TAU if sparse else candidate.criterion
     model, removed = prune_blockwise(
         model,
         restrict(model, context.plan, outer),
-        task,
+        task if settings.labels else _needed(criterion, context),
         {name: len(recipe.kept[name]) for name in sorted(inner)},
         generator=torch.Generator().manual_seed(seed),
         steps=settings.steps,
@@ -123,7 +125,9 @@ def prune_by_blocks(
         lr=settings.lr,
         num_vectors=settings.num_vectors,
         finetune_with_labels=settings.labels,
-        criterion=TAU if sparse else candidate.criterion,
+        augment=context.config.data.augment,
+        ratio_target=settings.ratio_target,
+        criterion=criterion,
         options={} if sparse else criterion_options(candidate.criterion, context),
     )
     return model, compose(context.plan, outer, removed)
@@ -223,7 +227,16 @@ def _score(
     seed: int,
 ) -> Mapping[str, Tensor]:
     layers = PruningPlan(tuple(groups), {}).layers
-    return score_channels(criterion, model, context.task, layers, seed=seed, options=options)
+    task = _needed(criterion, context)
+    return score_channels(criterion, model, task, layers, seed=seed, options=options)
+
+
+def _needed(criterion: str, context: TrialContext) -> Any:
+    """What a criterion gets to see: a data-free one gets no data."""
+    task = context.task
+    if NEEDS[criterion] != "nothing":
+        return task
+    return NoData(task.example_input(1).shape[1:], task.num_classes, task.device)
 
 
 def criterion_options(criterion: str, context: TrialContext) -> Mapping[str, Any]:
@@ -268,11 +281,12 @@ def _sparse_train(candidate: Candidate, context: TrialContext) -> Made:
 
 def _sparse_key(candidate: Candidate, context: TrialContext) -> dict[str, Any]:
     assert candidate.criterion is not None
+    options = dict(criterion_options(candidate.criterion, context))
     return _key("sparse", context) | {
         "criterion": candidate.criterion,
-        "options": dict(criterion_options(candidate.criterion, context)),
+        "options": options,
         "lambda": candidate.dsd_lambda,
-        "q": candidate.dsd_q,
+        "q": None if options.get("strategy") == "slimming" else candidate.dsd_q,  # trains alike
         "epochs": candidate.dsd_epochs,
         "training": context.config.sparse_training.model_dump(mode="json"),
         "norms": sparse_norms(context.dense, context.plan),

@@ -18,7 +18,7 @@ from prunesearch.methods.block_orders import REDRAW
 from prunesearch.methods.block_removal import BlockRanking, Order, exhaustive, rank_blocks
 from prunesearch.methods.blocks import removable_blocks, remove_blocks
 from prunesearch.methods.data import load_data
-from prunesearch.methods.finetune import finetune
+from prunesearch.methods.finetune import finetune, recalibrate_batch_norm
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks import ClassificationTask
 from prunesearch.search.bench import bench_blocks, blocks_table
@@ -298,7 +298,7 @@ def test_wrong_input_is_refused(resnet20: nn.Module, task: ClassificationTask) -
     for options, message in [
         ({"blocks": ["layer1.9"]}, r"\(=layer1.9\).*Did you mean `layer1"),
         ({"score_finetune_epochs": -1}, r"\(=-1\) must be a finite number"),
-        ({"score_finetune_epochs": 1, "order": "exhaustive"}, "must be 0 with order exhaustive"),
+        ({"score_finetune_epochs": 1, "order": "sequential"}, r"`order` \(=sequential\) must be"),
         ({"finetune_from": "originl"}, "Did you mean `original`"),
         ({"sr_samples": 0, "order": "sr_init"}, r"\(=0\) must be at least 1"),
         ({"order": "gready"}, "Did you mean `greedy`"),
@@ -445,3 +445,30 @@ def evaluated(
     model: nn.Module, task: ClassificationTask, blocks: Sequence[str]
 ) -> dict[str, float]:
     return task.evaluate(remove_blocks(copy.deepcopy(model), blocks), "calibration")
+
+
+def test_recalibrated_scores_are_those_of_recalibrated_copies():
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=10)
+    data = load_data("digits", image_size=8, limit=300)
+    task = ClassificationTask(data, batch_size=32, calibration_size=64)
+    blocks = removable_blocks(model, task.example_input(2))[:3]
+    finetune(model, task, epochs=2, lr=0.05, generator=torch.Generator().manual_seed(0))
+    ranking = rank_blocks(
+        model, task, blocks, order="exhaustive", score="loss", seed=3, score_recalibrate_bn=True
+    )
+    assert ranking.evaluations == 8 and not ranking.suffix_only
+    plain = rank_blocks(model, task, blocks, order="exhaustive", score="loss")
+    best = ranking.path[0]
+    losses = {}
+    for block in blocks:
+        copied = remove_blocks(copy.deepcopy(model), [block])
+        recalibrate_batch_norm(copied, task, generator=torch.Generator().manual_seed(3))
+        losses[block] = task.evaluate(copied, "calibration")["loss"]
+    assert best.loss == pytest.approx(min(losses.values()), rel=1e-5)
+    assert best.removed == (min(losses, key=losses.__getitem__),)
+    assert best.loss < plain.path[0].loss
+    greedy = rank_blocks(model, task, blocks, score="loss", seed=3, score_recalibrate_bn=True)
+    assert greedy.path[0] == best
+    with pytest.raises(ValueError, match=r"`order` \(=random\) must be one of greedy, oneshot"):
+        rank_blocks(model, task, blocks, order="random", score_recalibrate_bn=True)

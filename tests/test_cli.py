@@ -90,7 +90,7 @@ WRONG = {
     "unknown rule": (["space.select=[globl]"], ["space.select", "globl", "global"]),
     "fine-tuned scores of a fixed order": (
         ["space.blocks={order: sequential, score_finetune_epochs: 1}"],
-        ["score_finetune_epochs", "sequential", "greedy"],
+        ["space.blocks.order", "sequential", "greedy", "score_finetune_epochs"],
     ),
     "wrong constraint": (["constraints=['speed < 1']"], ["constraints", "speed"]),
 }

@@ -214,7 +214,7 @@ model: {name: resnet21}
 data: {name: digit}
 space:
   criteria:
-    - fpg
+    - tayler
     - fgp: {feature_pont: act}
 """
     path = write(tmp_path, text)
@@ -225,7 +225,10 @@ space:
     assert lines[0].startswith(f"{path}:2:15: `model.name` (=resnet21) must be one of")
     assert "Did you mean `resnet" in lines[0]
     assert lines[1].startswith("--set data.name=digitz: `data.name` (=digitz)")
-    assert lines[2].startswith(f"{path}:6:7: `space.criteria[0]` (=fpg)") and "`fgp`" in lines[2]
+    assert (
+        lines[2].startswith(f"{path}:6:7: `space.criteria[0]` (=tayler)")
+        and "`taylor`" in lines[2]
+    )
     assert lines[3].startswith(f"{path}:7:7: ") and "feature_point" in lines[3]
     good = {"model": {"name": "my.module:net"}, "data": {"name": "fashion-mnist"}}
     check_names(parse_config(good))

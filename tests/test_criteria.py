@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from criterion_nets import LAYERS, make_model, make_task
+from criterion_nets import LAYERS, NUM_CLASSES, make_model, make_task
 from torch import nn
 from torch.nn import functional as F
 
@@ -252,3 +252,18 @@ def assert_same(before, after):
                 assert (value is other is None) or torch.equal(value, other), (key, name)
         else:
             assert before[key] == after[key], key
+
+
+@pytest.mark.parametrize("name", ["fgp", "hessian", "blockwipg"])
+def test_a_layer_that_mixes_images_is_refused(name, task):
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, NUM_CLASSES, 3)
+
+        def forward(self, x):
+            both = self.conv(torch.cat([x, x.flip(3)])).mean((2, 3))
+            return both[: len(x)] + both[len(x) :]
+
+    with pytest.raises(ValueError, match="must keep the images of a batch apart"):
+        score_by_default(name, Mixer(), task, ["conv"], seed=0)

@@ -290,9 +290,11 @@ def test_wrong_input_is_refused() -> None:
     for options, message in [
         ({"layers": ["stam"]}, r"`layers` \(=stam\).*Did you mean `stem`"),
         ({"layers": [""]}, "`layers`"),
-        ({"score": "grad_x"}, "`score` .*Did you mean `grad_x_act`"),
-        ({"reduce": "max"}, "`reduce`"),
-        ({"baselines": "black"}, "`baselines`"),
+        ({"score": "grad_x"}, "`layers.score` .*Did you mean `grad_x_act`"),
+        ({"reduce": "max"}, "`layers.reduce`"),
+        ({"baselines": "black"}, "`layers.baselines`"),
+        ({"n_samples": 0}, "`layers.n_samples` .* from 1 up"),
+        ({"stdev": -1.0}, "`layers.stdev`"),
     ]:
         with pytest.raises(ValueError, match=message):
             scores(net, **{"layers": ["stem"], **options})

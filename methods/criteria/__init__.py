@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layers import get_layer, num_channels
 from ..names import unknown_name
 from ..options import check_options
+from ..seeding import seeded
 from ..sparse_training import RUN_ARGUMENTS, SPARSE_TRAINING
 from .blockwipg import blockwipg
 from .fgp import fgp
@@ -74,7 +75,7 @@ DRAWN = frozenset({"random"})
 """Criteria that draw their scores: each trial needs a draw of its own."""
 
 COMPARABLE = frozenset(
-    {"random", "lamp", "group_norm", "slimming", "synflow", "taylor", "hessian", *SPARSE_TRAINING}
+    {"random", "lamp", "slimming", "synflow", "taylor", "hessian", *SPARSE_TRAINING}
 )
 """Methods whose scores compare between layers as they are; others need dividing by their mean."""
 
@@ -110,8 +111,7 @@ def score_channels(
         raise ValueError(unknown_name("criterion", name, CRITERIA))
     validate_options(name, options or {})
     widths = {layer: num_channels(get_layer(model, layer)) for layer in layers}
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        torch.manual_seed(seed)
+    with seeded(seed):
         generator = torch.Generator().manual_seed(seed)
         scores = CRITERIA[name](model, task, layers, generator=generator, **(options or {}))
     assert list(scores) == list(widths), f"{name} must score every layer once, in order"
@@ -155,7 +155,3 @@ def _method(name: str) -> Callable[..., Any]:
     if name not in methods:
         raise ValueError(unknown_name("criterion", name, methods))
     return methods[name]
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

@@ -14,6 +14,7 @@ from ..blocks import find_blocks
 from ..layers import Layer, get_layer
 from ..trace import eval_mode, trace_calls
 from .features import find_activations, observed
+from .scoring import check_batch
 
 Gradients = dict[str, Tensor]  # layer -> gradient, shaped like its weight
 
@@ -23,8 +24,9 @@ def blocks_of(
 ) -> dict[str, tuple[str, ...]]:
     """The block that each layer belongs to.
 
-    That is the residual block that the layer lies in, also the first of a stage; a layer outside
-    such blocks is a block of its own.
+    That is the smallest block that the layer lies in, as `find_blocks` has them: residual ones,
+    also the first of a stage, and other units that keep their input's shape. A layer outside of
+    all is a block of its own.
 
     Args:
         model: Left as it was.
@@ -119,7 +121,7 @@ class BlockGradients:
 
         def probe(block: str, name: str) -> Callable[..., Tensor]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                _check_batch(name, args[0], len(images))
+                check_batch(name, args[0], len(images))
                 zeros = torch.zeros_like(output, requires_grad=True)
                 calls[block].append(_Call(name, args[0].detach().clone(), zeros))
                 return output + zeros  # a new tensor: what follows may work in place
@@ -158,8 +160,10 @@ class BlockGradients:
             yield sums
 
     def _channels_second(self, block: str, output: Tensor) -> Tensor:
-        layers = [m for m in self._model.get_submodule(block).modules() if isinstance(m, Layer)]
-        return output.movedim(-1, 1) if isinstance(layers[-1], nn.Linear) else output
+        last = [m for m in self._model.get_submodule(block).modules() if isinstance(m, Layer)][-1]
+        if not isinstance(last, nn.Linear) or output.shape[1] == last.out_features:
+            return output  # a squeeze-and-excitation block ends in linear layers, too
+        return output.movedim(-1, 1) if output.shape[-1] == last.out_features else output
 
 
 class _Finished(Exception):  # noqa: N818  # not an error: the last block has ended
@@ -178,12 +182,3 @@ def _weight_gradient(layer: Layer, given: Tensor, gradient: Tensor) -> Tensor:
 
 def _detach(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-
-
-def _check_batch(name: str, given: Tensor, num_images: int) -> None:
-    if len(given) != num_images:
-        raise ValueError(
-            f"`layers` (={name!r}) must keep the images of a batch apart: of {num_images} images "
-            f"it gets a tensor with {len(given)} rows. Use a criterion without gradients of "
-            "single images, such as magnitude_l2."
-        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import Layer, get_layer, num_channels
 from .features import find_activations, observed
-from .scoring import CalibrationTask, scoring
+from .scoring import CalibrationTask, check_batch, scoring
 
 
 def fgp(
@@ -59,7 +59,7 @@ def fgp(
 
     Raises:
         ValueError: If the model's output or the labels have another shape, if `classes` are not
-            classes of the task, or if no image has one of them.
+            classes of the task, if no image has one of them, or if a layer mixes the images.
     """
     wanted = _class_mask(classes, task.num_classes)
     batches = task.calibration_batches()
@@ -74,6 +74,7 @@ def fgp(
             features: list[tuple[str, _Feature]] = []
 
             def observe(name: str, tensor: Tensor, to: list[Any] = features) -> None:
+                check_batch(name, tensor, len(images))  # noqa: B023  # called in this pass
                 to.append((name, _Feature.read(modules[name], tensor)))
 
             source = images.clone().requires_grad_(criterion != "feature_only")

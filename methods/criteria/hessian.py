@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import Layer, batch_norms_after, channel_rows, get_layer, num_channels
-from .scoring import CalibrationTask, scoring
+from .scoring import CalibrationTask, check_batch, scoring
 
 CHUNK = 16  # images whose own gradients are in memory at once
 
@@ -45,6 +45,9 @@ def hessian(
 
     Returns:
         Layer name to scores, [out]; zero where the loss does not depend on the layer.
+
+    Raises:
+        ValueError: If a layer mixes the images of a batch.
     """
     batches = task.calibration_batches()
     num_images = sum(len(images) for images, _ in batches)
@@ -56,7 +59,7 @@ def hessian(
         scores = {name: torch.zeros(num_channels(get_layer(model, name))) for name in layers}
         for images, target in batches:
             calls: dict[nn.Module, Calls] = {m: [] for ms in owned.values() for m in ms}
-            with _recorded(calls):
+            with _recorded(calls, len(images)):
                 source = images.clone().requires_grad_()
                 logits = model(source.clone())  # which the model may change in place
             losses = [task.loss(logits[i : i + 1], target[i : i + 1]) for i in range(len(logits))]
@@ -68,10 +71,11 @@ def hessian(
 
 
 @contextlib.contextmanager
-def _recorded(calls: Mapping[nn.Module, Calls]) -> Iterator[None]:
+def _recorded(calls: Mapping[nn.Module, Calls], num_images: int) -> Iterator[None]:
     """Has `calls` filled by the backward pass of a forward pass that is run in the context."""
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        check_batch(type(module).__name__, args[0], num_images)
         entry = args[0].detach()  # not changed in place later, or the model could not be trained
         if output.requires_grad:
             output.register_hook(lambda gradient: calls[module].append((entry, gradient)))  # type: ignore[no-untyped-call]

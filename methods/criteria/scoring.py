@@ -51,3 +51,17 @@ def scoring(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+def check_batch(name: str, given: Tensor, num_images: int) -> None:
+    """Checks that a layer's input has one row an image.
+
+    Raises:
+        ValueError: If not: gradients of single images cannot be told apart there.
+    """
+    if len(given) != num_images:
+        raise ValueError(
+            f"`layers` (={name!r}) must keep the images of a batch apart: of {num_images} images "
+            f"it gets a tensor with {len(given)} rows. Use a criterion without gradients of "
+            "single images, such as magnitude_l2."
+        )

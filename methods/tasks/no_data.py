@@ -24,6 +24,7 @@ class NoData:
     """
 
     num_train = 0
+    batch_size = 1
 
     def __init__(
         self,

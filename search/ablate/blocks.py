@@ -22,6 +22,10 @@ _ORDERS = {
     "attribution": "attribution",
     "random": "random",
 }
+_RECALIBRATED = {
+    "exhaustive": "optimum with batch norms re-estimated",
+    "greedy": "greedy with batch norms re-estimated",
+}
 _SCORES = {
     "grad_x_act": "gradient x activation (the paper's)",
     "gradient_shap": "gradient SHAP",
@@ -44,6 +48,14 @@ def _figure_2(config: SearchConfig, facts: Facts) -> tuple[Row, ...]:
                 points=points, series=label, control=control,
             )
         )  # fmt: skip
+    for order, label in _RECALIBRATED.items():
+        if order in orders:
+            rows.append(
+                Row(
+                    f"{order}-bn", label, work="blocks", points=points, series=label, control=True,
+                    options={"order": order, "score_recalibrate_bn": True},
+                )
+            )  # fmt: skip
     return tuple(rows)
 
 

@@ -151,9 +151,12 @@ def _blocks(row: Row, seed: int, context: TrialContext, problem: Problem) -> lis
         problem.blocks,
         seed=seed,
         fresh=lambda: draw_model(context.config, context.task.num_classes),
+        augment=context.config.data.augment,
         **row.options,
     )
     measured = {step.removed: step.accuracy for step in ranking.path}
+    if ranking.method == "sr_init":  # measured with blocks drawn anew, not without them
+        measured = {}
     results = []
     for trial_id, point in zip(row.trial_ids(seed), row.points, strict=True):
         candidate = Candidate(dropped_blocks=tuple(sorted(ranking.drops[point])))

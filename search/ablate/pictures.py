@@ -14,8 +14,11 @@ from .study import TUNED, Picture, Row, Study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222")
-_MARKERS = "os^DvPX"  # Okabe and Ito's palette; markers differ too
+_COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222",
+    "#882255", "#999933",
+)  # fmt: skip
+_MARKERS = "os^DvPX*h"  # Okabe and Ito's palette and two of Tol's; markers differ too
 _PANELS = {
     "accuracy_before_finetune": "validation accuracy before fine-tuning (%)",
     "accuracy": "validation accuracy, fine-tuned (%)",
