@@ -7,7 +7,7 @@ Batch-norm recalibration: Li et al. 2020 (EagleEye), arXiv:2007.02491. Distillat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +65,13 @@ def finetune(
     teacher: nn.Module | None = None,
     distill: float = 0.0,
     augment: bool = True,
+    milestones: Sequence[float] | None = None,
+    gamma: float = 0.1,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Trains `model` with SGD (Nesterov) and a warmed-up cosine schedule, in place.
+    """Trains `model` with SGD (Nesterov), in place.
+
+    The rate warms up and follows a cosine, or falls in steps where `milestones` are given.
 
     Args:
         model: Ends in eval mode.
@@ -80,6 +84,9 @@ def finetune(
         teacher: The dense model; needed when `distill` > 0.
         distill: Weight of the distillation term, 0 to 1; the label loss has the rest.
         augment: Whether training images are augmented as suits the data set.
+        milestones: Fractions of the training, in (0, 1), at which the rate is multiplied by
+            `gamma`; no warm-up then. None for the cosine.
+        gamma: See `milestones`.
         on_epoch: Called after each epoch with its number (from 1) and its mean training loss.
 
     Raises:
@@ -93,7 +100,13 @@ def finetune(
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total))
+
+    def rate(step: int) -> float:
+        if milestones is None:
+            return _cosine(step, total)
+        return gamma ** sum(step >= fraction * total for fraction in milestones)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     for epoch, max_images in enumerate(sizes, start=1):
         losses = []

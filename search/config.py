@@ -414,6 +414,17 @@ class RecoverConfig(_Section):
         default=1.0, ge=0, description="passes over the training images, also fractions"
     )
     lr: float = Field(default=0.01, gt=0, description="the peak learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="the momentum of SGD")
+    weight_decay: float = Field(default=5e-4, ge=0, description="the weight decay of SGD")
+    milestones: (
+        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] | None
+    ) = Field(
+        default=None,
+        description="the fractions of the training at which the rate falls; null for a cosine",
+    )
+    gamma: float = Field(
+        default=0.1, gt=0, le=1, description="what the rate is multiplied by at a milestone"
+    )
     distill: float = Field(
         default=0.0, ge=0, le=1, description="the weight of the dense model's outputs"
     )

@@ -212,3 +212,21 @@ def _rates(task: ClassificationTask, epochs: float) -> list[float]:
         patch.setattr(torch.optim, "SGD", Watched)
         finetune(model, task, epochs=epochs, lr=0.1, generator=seeded())
     return rates
+
+
+def test_the_rate_falls_at_the_milestones(task, model, monkeypatch):
+    """As the block removal paper has it: halved after 40, 60 and 80 % of the training."""
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def spy(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    options = {"milestones": (0.4, 0.6, 0.8), "gamma": 0.5}
+    finetune(model, task, epochs=2, lr=0.8, generator=seeded(), **options)
+    total = len(rates)
+    halvings = [sum(step >= total * part for part in (0.4, 0.6, 0.8)) for step in range(total)]
+    assert set(halvings) == {0, 1, 2, 3}
+    assert rates == pytest.approx([0.8 / 2**count for count in halvings])
