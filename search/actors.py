@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import signal
 import threading
 import time
 import uuid
@@ -33,8 +31,8 @@ from .records import Candidate
 from .setup import find_groups, load_state, make_model, make_task, trial_device, unpack_images
 from .store import atomic_write_bytes
 from .trial import run_trial
+from .watchdog import watchdog
 
-TIMEOUT_GRACE_S = 10.0
 POLL_S = 0.2  # between two questions whether another trial's result is there
 
 
@@ -59,7 +57,7 @@ class Worker(tune.Trainable):
             plan=find_groups(search, model, task.example_input(2)),
             baseline_accuracy=parts["baseline_accuracy"],
             measure_latency=_asks(parts["probe"], parts["reference_ms"]),
-            shared=_shares(parts["keeper"]),
+            shared=shares(parts["keeper"]),
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -73,7 +71,7 @@ class Worker(tune.Trainable):
         spec = TrialSpec(
             self._spec["trial_id"], candidate, self._spec["candidate_json"], self._spec["seed"]
         )
-        with _watchdog(self._context.config.resources.trial_timeout_s):
+        with watchdog(self._context.config.resources.trial_timeout_s):
             outcome = run_trial(spec, self._context)
         if outcome.state is not None and outcome.recipe is not None:
             call = self._keeper.keep.remote(
@@ -97,7 +95,7 @@ def _asks(probe: Any, reference_ms: float) -> Callable[[Recipe], tuple[Latency, 
     return measure
 
 
-def _shares(keeper: Any) -> Shared:
+def shares(keeper: Any) -> Shared:
     """Trials' access to the run's cache, which the keeper owns."""
     owner = uuid.uuid4().hex
 
@@ -111,13 +109,13 @@ def _shares(keeper: Any) -> Shared:
                 break
             time.sleep(POLL_S)
             waited += POLL_S
-        with _lease(lambda: keeper.renew.remote(name, owner)):
-            try:
+        try:
+            with _lease(lambda: keeper.renew.remote(name, owner)):
                 made = make()
                 ray.get(keeper.put.remote(name, *made.pack()))
-            except BaseException:
-                ray.get(keeper.release.remote(name, owner))
-                raise
+        except BaseException:
+            ray.get(keeper.release.remote(name, owner))
+            raise
         return made, waited
 
     return shared
@@ -139,29 +137,6 @@ def _lease(renew: Callable[[], Any]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def _watchdog(limit_s: float | None) -> Iterator[None]:
-    """Ends a trial that takes too long: an exception where Python runs, else the process."""
-    if limit_s is None:
-        yield
-        return
-
-    def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError(f"took longer than `resources.trial_timeout_s` (={limit_s:g})")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    killer = threading.Timer(limit_s + TIMEOUT_GRACE_S, os._exit, args=(124,))
-    killer.daemon = True
-    killer.start()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        killer.cancel()
 
 
 class LatencyProbe:

@@ -184,13 +184,17 @@ def ablate(
     address: Address = None,
 ) -> None:
     """Re-run an ablation table of a paper; the same command again finishes what is missing."""
-    from .ablate.run import DEFAULT_CONFIG, ablate, find_study
+    from .ablate.run import DEFAULT_CONFIG, NothingCompletedError, ablate, find_study
     from .config import parse_config
     from .progress import Progress
 
     find_study(paper, table)
     overrides = set_ or []
-    search = _load(config, overrides) if config else parse_config(DEFAULT_CONFIG, overrides)
+    if config is not None:
+        search = _load(config, overrides)
+    else:
+        search = parse_config(DEFAULT_CONFIG, overrides)
+        _import_user_code(search)
 
     command = shlex.join(["prune-search", *sys.argv[1:]])
     try:
@@ -201,6 +205,9 @@ def ablate(
     except KeyboardInterrupt:
         _complain("Interrupted. Every finished job is stored: repeat the command to go on.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except NothingCompletedError as error:
+        _complain(str(error))
+        raise typer.Exit(EXIT_FAILED) from None
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -212,12 +219,13 @@ def sparse(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the sparse trainings of a run, and how their batch-norm scales moved."""
-    from .runs import Run
+    """Show the sparse trainings of a run or an ablation, and how batch-norm scales moved."""
+    from .runs import check_writable
     from .sparse import plot_sparse, sparse_table, sparse_trainings
 
-    trainings = sparse_trainings(Run(run_dir).folder)
+    trainings = sparse_trainings(run_dir)
     if plot is not None:
+        check_writable(plot, "--plot")
         plot_sparse(trainings, plot)
         err.print(f"wrote {plot}", markup=False, highlight=False)
     out.print_json(json.dumps(trainings)) if as_json else out.print(sparse_table(trainings))
@@ -315,14 +323,14 @@ def doctor(as_json: AsJson = False) -> None:
 @bench.command("blocks")
 def bench_blocks_command(
     model: str = "resnet56",
-    images: int = 1000,
-    rounds: int = 3,
+    images: Annotated[int, typer.Option(min=1)] = 1000,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Time block ranking by suffix-only evaluation against full forwards."""
     from .bench import bench_blocks, blocks_table
 
-    result = bench_blocks(model=model, images=images, rounds=rounds)
+    result = _checked(lambda: bench_blocks(model=model, images=images, rounds=rounds))
     if as_json:
         out.print_json(json.dumps(result))
     else:
@@ -332,14 +340,14 @@ def bench_blocks_command(
 @bench.command("criteria")
 def bench_criteria_command(
     model: str = "resnet56",
-    images: int = 512,
-    rounds: int = 3,
+    images: Annotated[int, typer.Option(min=1)] = 512,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Time each channel criterion beside one pass over the calibration images."""
     from .bench import bench_criteria, criteria_table
 
-    result = bench_criteria(model=model, images=images, rounds=rounds)
+    result = _checked(lambda: bench_criteria(model=model, images=images, rounds=rounds))
     out.print_json(json.dumps(result)) if as_json else _print_wide(criteria_table(result))
 
 
@@ -367,6 +375,14 @@ def _load(path: Path, overrides: Sequence[str]) -> SearchConfig:
     _import_user_code(config)
     check_names(config, path, overrides)
     return config
+
+
+def _checked(work: Callable[[], Any]) -> Any:
+    """The result of `work`; what it refuses is the user's mistake."""
+    try:
+        return work()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _import_user_code(config: SearchConfig) -> None:

@@ -21,6 +21,7 @@ import ray
 import torch
 
 from .config import ConfigError, ResourcesConfig, SearchConfig
+from .watchdog import watchdog
 
 PROBE = "latency_probe"  # the custom resource of the node whose device is measured
 
@@ -127,6 +128,8 @@ def fan_out(
         max_retries=resources.max_retries,
         retry_exceptions=False,
     )
+    _check_fits(resources)
+    limit_s = resources.trial_timeout_s
     references: dict[str, Any] = {}
     names: dict[Any, str] = {}
     waiting = list(jobs)
@@ -138,7 +141,7 @@ def fan_out(
             function, arguments = jobs[name]
             threads = max(1, int(resources.cpu))
             given = [references[a.key] if isinstance(a, Result) else a for a in arguments]
-            references[name] = call.remote(threads, function, *given)
+            references[name] = call.remote(threads, limit_s, function, *given)
             names[references[name]] = name
 
     try:
@@ -157,9 +160,27 @@ def fan_out(
             ray.cancel(reference, force=True)
 
 
-def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def _call(
+    threads: int, limit_s: float | None, function: Callable[..., Any], *arguments: Any
+) -> Any:
     torch.set_num_threads(threads)
-    return function(*arguments)
+    with watchdog(limit_s):
+        return function(*arguments)
+
+
+def _check_fits(resources: ResourcesConfig) -> None:
+    """Ray waits for ever for a node that is large enough."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(
+        node.get("CPU", 0) >= resources.cpu and node.get("GPU", 0) >= resources.gpu
+        for node in nodes
+    ):
+        return
+    most = max(node.get("CPU", 0) for node in nodes)
+    raise ConfigError(
+        f"`resources` (cpu={resources.cpu:g}, gpu={resources.gpu:g}) must fit on a node of the "
+        f"cluster: the largest has {most:g} CPUs. Lower resources.cpu or resources.gpu."
+    )
 
 
 def _cause(error: Exception) -> Exception:

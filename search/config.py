@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -270,11 +271,20 @@ class BlocksConfig(_Section):
                 value=self.order,
                 fix="Set order: greedy, or delete the two.",
             )
+        if self.finetune_from == "cumulative" and (
+            self.order != "greedy" or self.score_finetune_epochs == 0
+        ):
+            raise RuleError(
+                "be original where nothing is fine-tuned removal after removal",
+                "finetune_from",
+                value=self.finetune_from,
+                fix="Set order: greedy and score_finetune_epochs above 0, or delete it.",
+            )
         return self
 
 
 class KeepConfig(_Range):
-    """The fractions of channels kept by the rule `ratio`."""
+    """The fractions of channels kept by the rules `ratio` and `global`."""
 
     per: Literal["model", "stage", "group"] = Field(
         default="stage", description="what shares one fraction"
@@ -320,6 +330,17 @@ class DsdLambdaConfig(_Range):
     log: bool = Field(default=True, description="whether the grid is even in the logarithm")
     num: int = Field(default=7, ge=1, description="the number of values in the grid")
 
+    @model_validator(mode="after")
+    def _enough_values(self) -> DsdLambdaConfig:
+        if self.num == 1 and self.low < self.high:
+            raise RuleError(
+                f"be at least 2 where `low` (={self.low:g}) is below `high` (={self.high:g})",
+                "num",
+                value=self.num,
+                fix="Raise it, or set both ends alike.",
+            )
+        return self
+
 
 class DsdQConfig(_Range):
     """The fractions of channels that sparse training drives to zero and pruning then removes."""
@@ -327,6 +348,19 @@ class DsdQConfig(_Range):
     low: float = Field(default=0.3, gt=0, lt=1, description="the smallest fraction removed")
     high: float = Field(default=0.7, gt=0, lt=1, description="the largest fraction removed")
     step: float = Field(default=0.1, gt=0, lt=1, description="the step between two fractions")
+
+    @model_validator(mode="after")
+    def _in_thousandths(self) -> DsdQConfig:
+        for name in ("low", "high", "step"):
+            value = getattr(self, name)
+            if not math.isclose(value * 1000, round(value * 1000), abs_tol=1e-6):
+                raise RuleError(
+                    "be a multiple of 0.001: trials share the sparse training of equal fractions",
+                    name,
+                    value=value,
+                    fix=f"Write {max(0.001, round(value, 3)):g}.",
+                )
+        return self
 
 
 SelectionRule = Literal[
@@ -370,6 +404,7 @@ class SpaceConfig(_Section):
     def _something_to_search(self) -> SpaceConfig:
         _refuse_twice(self.criterion_names, "criteria")
         _refuse_twice(self.select, "select")
+        _refuse_twice([f"{epochs:g}" for epochs in self.dsd_epochs], "dsd_epochs")
         if not self.select:
             raise RuleError("name at least one rule: ratio or cumulative", "select")
         if not self.criteria and self.blocks.mode == "none":
@@ -482,7 +517,9 @@ class AblateConfig(_Section):
     """What `prune-search ablate` holds fixed; a search does not read it."""
 
     seeds: int = Field(default=3, ge=1, description="how many seeds; each trains its dense model")
-    k: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)] = Field(
+    k: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=1)
+    ] = Field(
         default=(0.35, 0.4), description="FGP's k: the shares of a group's score that are kept"
     )
     dsd_lambda: float = Field(default=5e-3, gt=0, description="the strength of sparse training")
@@ -530,6 +567,20 @@ class SearchConfig(_Section):
             words.append(str(word or getattr(section, "name", "run")))
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-._")
         return {**data, "name": safe[:100] or "run"}
+
+    @model_validator(mode="after")
+    def _reconstructed_widths(self) -> SearchConfig:
+        drawn = [rule for rule in self.space.select if "rand" in rule]
+        if self.recover.reconstruct.steps > 0 and drawn:
+            raise RuleError(
+                f"not name {drawn[0]} where `recover.reconstruct.steps` is above 0: it chooses "
+                "the channels anew, by their scores",
+                "space",
+                "select",
+                value=drawn[0],
+                fix="Delete the rule, or set recover.reconstruct.steps: 0.",
+            )
+        return self
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ _RULES = {
     "less_than": "be less than {lt:.12g}",
     "less_than_equal": "be at most {le:.12g}",
     "string_too_short": "not be empty",
+    "too_short": "hold at least {min_length} item",
     "string_too_long": "have at most {max_length} characters",
     "string_pattern_mismatch": "have the right form",
     "finite_number": "be a finite number",

@@ -29,12 +29,17 @@ from .records import TrialResult, TrialStatus
 from .setup import Problem, pack_images
 
 
+def start_keeper(run_dir: Path) -> Any:
+    """The actor, on this node, that writes into `run_dir` and serves what trials share."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(Keeper).options(scheduling_strategy=here, **options).remote(str(run_dir))
+
+
 class Fleet:
     """The actors and shared objects of one run on the connected Ray."""
 
     def __init__(self, problem: Problem, baseline_accuracy: float, run_dir: Path) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        on_driver = NodeAffinitySchedulingStrategy(node_id=here, soft=False)
         self.config = problem.config
         state = {k: v.detach().cpu().numpy() for k, v in problem.model.state_dict().items()}
         self._parts = {
@@ -43,13 +48,7 @@ class Fleet:
             "state": ray.put(state),
             "baseline_accuracy": baseline_accuracy,
         }
-        self.keeper = (
-            ray.remote(Keeper)
-            .options(
-                num_cpus=0, scheduling_strategy=on_driver, max_restarts=-1, max_task_retries=-1
-            )
-            .remote(str(run_dir))
-        )
+        self.keeper = start_keeper(run_dir)
         self.probe = (
             ray.remote(LatencyProbe)
             .options(max_restarts=-1, max_task_retries=2, **_probe_resources(problem.config))

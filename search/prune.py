@@ -16,6 +16,7 @@ from ..methods.blockwise import prune_blockwise
 from ..methods.criteria import COMPARABLE, DRAWN, NEEDS, score_channels
 from ..methods.k_for_macs import k_for_macs
 from ..methods.restrict import compose, restrict
+from ..methods.seeding import seeded
 from ..methods.select import SELECTION_RULES, select_cumulative, select_global, select_retain
 from ..methods.shapes import copy_state
 from ..methods.sparse_training import SPARSE_TRAINING
@@ -256,20 +257,22 @@ def _sparse_train(candidate: Candidate, context: TrialContext) -> Made:
     assert candidate.criterion is not None
     model = copy.deepcopy(context.dense)
     settings = context.config.sparse_training
-    history = SPARSE_TRAINING[candidate.criterion](
-        model,
-        context.task,
-        sparse_norms(model, context.plan),
-        lam=candidate.dsd_lambda,
-        q=candidate.dsd_q,
-        epochs=candidate.dsd_epochs,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        generator=torch.Generator().manual_seed(context.config.search.seed),
-        augment=context.config.data.augment,
-        **criterion_options(candidate.criterion, context),
-    )
+    seed = context.config.search.seed
+    with seeded(seed):  # dropout draws from the global generator
+        history = SPARSE_TRAINING[candidate.criterion](
+            model,
+            context.task,
+            sparse_norms(model, context.plan),
+            lam=candidate.dsd_lambda,
+            q=candidate.dsd_q,
+            epochs=candidate.dsd_epochs,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            generator=torch.Generator().manual_seed(seed),
+            augment=context.config.data.augment,
+            **criterion_options(candidate.criterion, context),
+        )
     info = {
         "criterion": candidate.criterion,
         **{name: getattr(candidate, name) for name in ("dsd_lambda", "dsd_q", "dsd_epochs")},

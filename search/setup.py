@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..methods.block_removal import rank_blocks
+from ..methods.block_removal import MAX_EXHAUSTIVE, BlockRanking, rank_blocks
 from ..methods.blocks import removable_blocks
 from ..methods.data import ImageData, Split, load_data
 from ..methods.finetune import finetune
@@ -98,8 +98,12 @@ class Baseline:
         return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
 
 
-def pose(config: SearchConfig) -> Problem:
+def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
     """Loads data and model and finds what can be removed.
+
+    Args:
+        config: Names them.
+        prunable: Whether a model without a removable block or channel is refused.
 
     Raises:
         ConfigError: If any of it is wrong, or nothing can be removed.
@@ -114,11 +118,12 @@ def pose(config: SearchConfig) -> Problem:
         plan = find_groups(config, model, example)
         blocks = find_removable(config, model, example)
         _check_sparse_training(config, model, plan)
+        _check_order(config, blocks)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if not plan.groups and not blocks:
+    if prunable and not plan.groups and not blocks:
         raise ConfigError(
             f"`model.name` (={config.model.name}) must have something to prune: no block and no "
             "channel group of it is removable under `space`. Run `prune-search check` for the "
@@ -241,7 +246,20 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
     if path.exists():
         drops = tuple(map(tuple, read_json(path)["drops"]))
     elif problem.blocks:
-        ranking = rank_blocks(
+        ranking = _rank(problem)
+        drops = ranking.drops
+        write_json(path, dataclasses.asdict(ranking) | {"drops": drops})
+        say(
+            f"blocks ranked ({config.space.blocks.order}, {ranking.evaluations} evaluations, "
+            f"{ranking.seconds:.1f} s), first to go: {', '.join(drops[-1][:3])}"
+        )
+    return Space(config.space, problem.plan, drops)
+
+
+def _rank(problem: Problem) -> BlockRanking:
+    config = problem.config
+    try:
+        return rank_blocks(
             problem.model,
             problem.task,
             problem.blocks,
@@ -256,13 +274,10 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
             max_drop=max_blocks(config.space.blocks, len(problem.blocks)),
             fresh=lambda: draw_model(config, problem.task.num_classes),
         )
-        drops = ranking.drops
-        write_json(path, dataclasses.asdict(ranking) | {"drops": drops})
-        say(
-            f"blocks ranked ({config.space.blocks.order}, {ranking.evaluations} evaluations, "
-            f"{ranking.seconds:.1f} s), first to go: {', '.join(drops[-1][:3])}"
-        )
-    return Space(config.space, problem.plan, drops)
+    except (ValueError, FloatingPointError) as error:
+        raise ConfigError(
+            f"`space.blocks` must rank the blocks of this model: {error}. Use another order."
+        ) from error
 
 
 def dump_weights(model: nn.Module) -> bytes:
@@ -418,6 +433,15 @@ def _try_forward(
         raise ConfigError(
             f"`model.checkpoint` (={config.model.checkpoint}) must give finite outputs: it gives "
             "NaN or infinity. Use another checkpoint."
+        )
+
+
+def _check_order(config: SearchConfig, blocks: Sequence[str]) -> None:
+    if config.space.blocks.order == "exhaustive" and len(blocks) > MAX_EXHAUSTIVE:
+        raise ConfigError(
+            f"`space.blocks.order` (=exhaustive) must measure at most {MAX_EXHAUSTIVE} blocks: "
+            f"`model.name` (={config.model.name}) has {len(blocks)}, and each doubles the number "
+            "of subsets. Use greedy."
         )
 
 

@@ -125,16 +125,21 @@ class Space:
         if CRITERION not in params:
             return Candidate(dropped_blocks=dropped)
         criterion = str(params[CRITERION])
+        alive = self.plan.alive(dropped)
+        if not any(group.internal or criterion != DSD for group in alive):
+            return Candidate(dropped_blocks=dropped)  # no channel is left to remove
         if criterion == DSD:
             return self._sparse(dropped, params)
         rule = str(params[SELECT])
         if rule in _FRACTION_OF:
             k = max(round(float(params[_FRACTION_OF[rule]]), K_DECIMALS), 10.0**-K_DECIMALS)
+            if k == 1 and rule != "cumulative":
+                return Candidate(dropped_blocks=dropped)
             return Candidate(criterion, dropped, rule, k=k)
         if rule != "ratio":  # a retain mode has no parameter
             return Candidate(criterion, dropped, rule)
         keep = {}
-        for group in self.plan.alive(dropped):
+        for group in alive:
             kept = kept_channels(group, float(params[self._keep_name(group)]), self._round_to)
             keep[group.name] = kept / group.num_channels
         if all(fraction == 1 for fraction in keep.values()):
@@ -149,7 +154,7 @@ class Space:
         """
         ladders: list[list[Seed]] = [
             [
-                Seed(f"seed: uniform {criterion}", self._uniform(criterion, keep))
+                Seed(f"seed: {self._ladder(criterion)}", self._uniform(criterion, keep))
                 for keep in UNIFORM_KEEPS
             ]
             for criterion in self.criteria
@@ -157,7 +162,8 @@ class Space:
         ladders.append(
             [Seed("seed: ranked blocks", self._ranked(n)) for n in range(1, self.max_blocks + 1)]
         )
-        ordered = [Seed("seed: dense", self._ranked(0))]
+        dense = self._ranked(0)
+        ordered = [Seed("seed: dense" if self._is_dense(dense) else "seed: least pruned", dense)]
         ladders = [ladder[1::2] + ladder[::2] for ladder in ladders]
         ordered += [s for row in zip_longest(*ladders) for s in row if s is not None]
         admitted: list[Seed] = []
@@ -287,6 +293,15 @@ class Space:
             "global": self.config.keep.high,
         }
         return highs.get(self.config.select[0], 1.0)
+
+    def _ladder(self, criterion: str) -> str:
+        """Only equal fractions in all groups are the control that is called uniform pruning."""
+        if criterion != DSD and "ratio" in self.config.select:
+            return f"uniform {criterion}"
+        return f"{criterion} ladder"
+
+    def _is_dense(self, params: Params) -> bool:
+        return self._admits(params) and self.candidate(params) == Candidate()
 
     def _uniform(self, criterion: str, keep: float) -> Params:
         return self._block_params(0) | self._channel_params(criterion, keep)

@@ -43,7 +43,7 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
         context: The worker's shared parts.
 
     Returns:
-        The row. Its `wait_s` is the time spent waiting for the latency probe.
+        The row. Its `wait_s` is the time spent waiting for the latency probe or another trial.
     """
     result = TrialResult(
         trial_id=spec.trial_id,

@@ -302,7 +302,7 @@ def test_the_report_has_the_parquets_numbers(finished: tuple[Path, str, str]) ->
     assert "| 92.6 |" in rows["Peak k"]
     for word in ("digits", "8 px", "2 seeds", "validation split", "torch 2", "cores"):
         assert word in text
-    assert f"Re-run it: `prune-search ablate fgp fig4 --config {out}/config.yaml" in text
+    assert f"Re-run it: `prune-search ablate fgp fig4 --config {out}/ablation.yaml" in text
 
 
 def test_another_config_or_study_is_refused(

@@ -73,7 +73,7 @@ def test_two_trials_that_ask_at_once_make_it_once(tmp_path):
     """Through a real Ray: two workers, one keeper, one sparse training."""
     import ray
 
-    from prunesearch.search.actors import Keeper, _shares
+    from prunesearch.search.actors import Keeper, shares
     from prunesearch.search.cluster import connect, fan_out
     from prunesearch.search.config import ResourcesConfig
 
@@ -86,7 +86,7 @@ def test_two_trials_that_ask_at_once_make_it_once(tmp_path):
             time.sleep(3)
             return Made({"w": torch.ones(2)})
 
-        made, waited = _shares(keeper)(key, make)
+        made, waited = shares(keeper)(key, make)
         return made.tensors["w"].tolist(), waited
 
     with connect("local"):

@@ -92,6 +92,20 @@ WRONG = {
         ["space.blocks={order: sequential, score_finetune_epochs: 1}"],
         ["space.blocks.order", "sequential", "greedy", "score_finetune_epochs"],
     ),
+    "Q off the grid": (
+        ["space.dsd_q={low: 0.3333, high: 0.7, step: 0.1}"],
+        ["dsd_q.low", "0.3333", "0.001"],
+    ),
+    "one lambda of a range": (["space.dsd_lambda.num=1"], ["dsd_lambda.num", "at least 2"]),
+    "no epochs": (["space.dsd_epochs=[]"], ["dsd_epochs", "at least 1 item"]),
+    "channels drawn and reconstructed": (
+        ["space.select=[rand30]", "recover.reconstruct.steps=1"],
+        ["space.select", "rand30", "reconstruct"],
+    ),
+    "exhaustive order of many blocks": (
+        ["model.name=resnet56", "space.blocks={order: exhaustive}"],
+        ["space.blocks.order", "exhaustive", "24", "greedy"],
+    ),
     "wrong constraint": (["constraints=['speed < 1']"], ["constraints", "speed"]),
 }
 
@@ -232,6 +246,24 @@ def test_ablate_names_the_papers_and_the_tables(invoke: Invoke, tmp_path: Path) 
     assert code == 2 and "ablate.sedes" in err and "seeds" in err
     code, _, err = invoke("ablate", "dsd", "5", "--config", tmp_path / "none.yaml")
     assert code == 2 and "none.yaml" in err
+
+
+def test_an_ablation_is_no_run_and_no_place_for_one(invoke: Invoke, tmp_path: Path) -> None:
+    folder = tmp_path / "ablated"
+    folder.mkdir()
+    (folder / "study.json").write_text('{"paper": "dsd", "table": "5"}')
+    (folder / "ablation.yaml").write_text(SMALL)
+    code, _, err = invoke("run", write_config(tmp_path), "--out", folder, "--dry-run")
+    assert code == 2 and "--out" in err
+    code, _, err = invoke("resume", folder)
+    assert code == 2 and "RUN_DIR" in err
+    code, out, _ = invoke("list", tmp_path, "--json")
+    assert code == 0 and out.strip() == "[]"
+    (tmp_path / "file").touch()
+    code, _, err = invoke("ablate", "dsd", "5", "--out", tmp_path / "file")
+    assert code == 2 and "--out" in err and "folder" in err
+    code, _, err = invoke("ablate", "fgp", "3", "--set", "ablate.k=[]")
+    assert code == 2 and "ablate.k" in err
 
 
 def test_sparse_needs_a_run_with_sparse_training(invoke: Invoke, tmp_path: Path) -> None:

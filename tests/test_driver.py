@@ -8,9 +8,9 @@ import time
 import pytest
 
 from prunesearch.search import ConfigError, parse_config
-from prunesearch.search.actors import _watchdog
 from prunesearch.search.cluster import check_local
 from prunesearch.search.config import SearchConfig
+from prunesearch.search.watchdog import watchdog
 
 
 def _config(**sections: dict[str, object]) -> SearchConfig:
@@ -20,7 +20,7 @@ def _config(**sections: dict[str, object]) -> SearchConfig:
 def test_watchdog_ends_a_hung_trial_and_says_which_key_did_it() -> None:
     before = signal.getsignal(signal.SIGALRM)
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match="resources.trial_timeout_s"), _watchdog(0.05):
+    with pytest.raises(TimeoutError, match="resources.trial_timeout_s"), watchdog(0.05):
         time.sleep(5)
     assert time.monotonic() - start < 4
     assert signal.getsignal(signal.SIGALRM) is before
@@ -28,7 +28,7 @@ def test_watchdog_ends_a_hung_trial_and_says_which_key_did_it() -> None:
 
 def test_watchdog_lets_a_quick_trial_pass() -> None:
     for limit in (None, 30.0):
-        with _watchdog(limit):
+        with watchdog(limit):
             pass
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 

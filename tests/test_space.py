@@ -275,7 +275,9 @@ def test_lambda_snaps_to_a_grid_so_that_trials_share_their_sparse_training(make)
     linear = config(dsd_lambda={"low": 0.1, "high": 0.3, "log": False, "num": 3}).dsd_lambda
     assert lambda_grid(linear) == pytest.approx([0.1, 0.2, 0.3])
     assert snap(linear, 0.24) == pytest.approx(0.2)
-    assert lambda_grid(config(dsd_lambda={"low": 1e-3, "num": 1}).dsd_lambda) == [1e-3]
+    assert lambda_grid(config(dsd_lambda={"low": 1e-3, "high": 1e-3, "num": 1}).dsd_lambda) == [
+        1e-3
+    ]
 
 
 def test_q_never_exceeds_its_range_when_the_step_does_not_divide_it(make):
@@ -295,3 +297,36 @@ def test_seeds_of_every_criterion_and_rule_lie_in_the_space(make):
 def test_a_ledger_without_sparse_training_still_reads(make):
     old = {"criterion": "fgp", "dropped_blocks": [], "select": "cumulative", "keep": {}, "k": 0.5}
     assert Candidate.from_mapping(old) == Candidate("fgp", (), "cumulative", k=0.5)
+
+
+def test_only_equal_fractions_are_called_uniform_and_only_the_dense_model_dense(make):
+    origins = {
+        seed.origin
+        for seed in make(criteria=["taylor", "dsd"], select=["ratio", "macs"]).seeds(100)
+    }
+    assert {"seed: dense", "seed: uniform taylor", "seed: dsd ladder"} <= origins
+    assert "seed: uniform dsd" not in origins
+    for options in ({"criteria": ["dsd"]}, {"select": ["macs"]}, {"select": ["rand30"]}):
+        origins = {seed.origin for seed in make(**options).seeds(100)}
+        assert "seed: dense" not in origins and "seed: least pruned" in origins
+        assert not any("uniform" in origin for origin in origins)
+
+
+def test_a_rule_that_removes_nothing_is_the_candidate_without_a_criterion(make):
+    space = make(criteria=["taylor", "dsd"], select=["global", "macs"])
+    blocks = {f"drop:{block}": False for block in ORDER}
+    for rule, name in (("global", "keep:global"), ("macs", "macs_keep")):
+        params = blocks | {"criterion": "taylor", "select": rule, name: 1.0}
+        assert space.candidate(params) == Candidate()
+
+
+def test_nothing_is_pruned_where_every_group_is_dropped_with_its_block(plan):
+    inner = tuple(g for g in plan.groups if g.name.startswith("layer1.1."))
+    space = Space(
+        config(criteria=["taylor", "dsd"], blocks={"max_drop": 1.0}),
+        PruningPlan(inner, {}),
+        ranked(["layer1.1"]),
+    )
+    for params in samples(space, 20):
+        if params["drop:layer1.1"]:
+            assert space.candidate(params) == Candidate(dropped_blocks=("layer1.1",))

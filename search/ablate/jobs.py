@@ -21,6 +21,7 @@ from ...methods.layer_attribution import score_layers
 from ...methods.layer_bypass import bypass, bypassable_layers, zero
 from ...methods.measure import count_macs
 from ...methods.surgery import apply, layer_widths
+from ..actors import shares
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
 from ..prune import make_recipe
@@ -93,7 +94,12 @@ def train_dense(config: SearchConfig, row: Row, seed: int, images: Mapping[str, 
 
 
 def run_row(
-    config: SearchConfig, row: Row, seed: int, images: Mapping[str, Any], dense: Dense
+    config: SearchConfig,
+    row: Row,
+    seed: int,
+    images: Mapping[str, Any],
+    dense: Dense,
+    keeper: Any,
 ) -> list[TrialResult]:
     """Runs one row at one seed.
 
@@ -103,6 +109,7 @@ def run_row(
         seed: Of everything drawn.
         images: From `pack_images`.
         dense: The dense model of the same seed and classes.
+        keeper: Keeps what rows share, such as sparse-trained weights.
 
     Returns:
         The rows of the ledger, one for each of `row.trial_ids(seed)`.
@@ -118,6 +125,7 @@ def run_row(
         plan=problem.plan,
         baseline_accuracy=accuracy,
         measure_latency=None,
+        shared=shares(keeper),
     )
     return _WORK[row.work](row, seed, context, problem)
 
@@ -185,7 +193,10 @@ def _layers(row: Row, seed: int, context: TrialContext, problem: Problem) -> lis
         result.started_at = time.time()
         torch.manual_seed(seed)  # dropout draws from the global generator
         recovery = torch.Generator().manual_seed(seed)
-        recover_and_measure(model, None, context, result, recovery)
+        try:
+            recover_and_measure(model, None, context, result, recovery)
+        except FloatingPointError as error:  # this point's failure, not the curve's
+            result.status, result.message = TrialStatus.FAILED, str(error)
         result.finished_at = time.time()
         results.append(result)
     return results

@@ -18,7 +18,7 @@ from ..config import ConfigError, SearchConfig, dump_config, load_config, parse_
 from ..environment import environment
 from ..progress import Progress
 from ..records import TrialResult, TrialStatus
-from ..runs import CONFIG, ENVIRONMENT, LOCAL, absolute, check_writable, locked
+from ..runs import ENVIRONMENT, LOCAL, absolute, check_writable, locked
 from ..setup import Problem, pack_images, pose
 from ..store import Store, atomic_write_bytes, read_json, to_table, write_json
 from . import blocks, blockwipg, dsd, fgp
@@ -28,6 +28,7 @@ from .report import markdown
 from .study import Facts, Row, Study, merged
 
 STUDY = "study.json"
+CONFIG = "ablation.yaml"  # not a run's config.yaml: an ablation is no run to resume or to export
 IMAGES = "images"
 LINE_EVERY_S = 5.0
 
@@ -48,6 +49,10 @@ DEFAULT_CONFIG: dict[str, Any] = {
 lambda is far above the paper's because the training is far shorter: what it takes away from a
 scale is about lr lambda / (1 - momentum) a step.
 """
+
+
+class NothingCompletedError(RuntimeError):
+    """Every job of an ablation failed."""
 
 
 def find_study(paper: str, table: str | None) -> Study:
@@ -97,17 +102,23 @@ def ablate(
 
     Raises:
         ConfigError: If the input is wrong, or `out` holds another study or config.
+        NothingCompletedError: If every row failed; the report is written all the same.
     """
     from ..cluster import check_local, connect
+    from ..driver import start_keeper
 
     study = find_study(paper, table)
     progress = progress or Progress.silent()
     config = absolute(study.config(config or parse_config(DEFAULT_CONFIG)))
     seeds = seeds or config.ablate.seeds
     folder = Path(out or f"results/ablate-{study.paper}-{study.table}").absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`--out` (={folder}) must be a folder: it is a file. Choose another.")
     check_writable(folder)
-    problem = pose(_with_criteria(study, config))
-    rows = study.jobs(config, _facts(study, problem))
+    problem = pose(_with_criteria(study, config), prunable=study.paper != "layers")
+    facts = _facts(study, problem)
+    rows = study.jobs(config, facts)
+    _check_rows(study, config, rows, facts)
     if address in LOCAL:
         check_local(config)
     with locked(folder):
@@ -115,8 +126,8 @@ def ablate(
         store = Store(folder)
         missing = _missing(rows, seeds, store.read())
         if missing:
-            jobs = _jobs(config, rows, missing, problem)
             with connect(address):
+                jobs = _jobs(config, rows, missing, problem, start_keeper(folder))
                 _run(jobs, missing, config, store, progress)
             store.compact()
     results = _of(rows, seeds, store.read())
@@ -131,6 +142,11 @@ def ablate(
     if study.picture is not None:
         title = f"{config.model.name} on {config.data.name}: {study.title}"
         draw(study, rows, results, f"{folder}.png", seeds=seeds, title=title)
+    pruned = _of([row for row in rows if row.work != "dense"], seeds, results)
+    if all(result.status is TrialStatus.FAILED for result in pruned):
+        raise NothingCompletedError(
+            f"no job was completed. {folder}.md shows the causes; repeat the command to retry."
+        )
     return text
 
 
@@ -150,6 +166,19 @@ def _facts(study: Study, problem: Problem) -> Facts:
     return Facts(problem.task.num_classes, len(problem.blocks), len(layers))
 
 
+def _check_rows(study: Study, config: SearchConfig, rows: Sequence[Row], facts: Facts) -> None:
+    if study.paper == "layers" and not facts.num_layers:
+        raise ConfigError(
+            f"`model.name` (={config.model.name}) must have a layer that keeps its input's shape: "
+            "no other can be bypassed. Use another model."
+        )
+    if config.model.checkpoint and any(row.num_classes is not None for row in rows):
+        raise ConfigError(
+            f"`model.checkpoint` (={config.model.checkpoint}) must be null for {study.name}: it "
+            "trains a model for each number of classes. Delete it."
+        )
+
+
 def _describe(study: Study, config: SearchConfig, folder: Path) -> None:
     """Writes what the folder holds, or refuses a folder that holds something else."""
     identity = {"paper": study.paper, "table": study.table}
@@ -166,7 +195,7 @@ def _describe(study: Study, config: SearchConfig, folder: Path) -> None:
                 f"({folder / CONFIG}). Choose another --out."
             )
         return
-    if any(path.name != ".lock" for path in folder.iterdir()):
+    if any(path.name not in (".lock", STUDY, ENVIRONMENT) for path in folder.iterdir()):
         raise ConfigError(
             f"`--out` (={folder}) must be empty, or hold an unfinished ablation. Choose another."
         )
@@ -177,8 +206,10 @@ def _describe(study: Study, config: SearchConfig, folder: Path) -> None:
 
 def _fixed(config: SearchConfig) -> dict[str, Any]:
     """The config without what may differ when an ablation goes on."""
-    data = config.model_dump(mode="json", exclude={"resources"})
+    data = config.model_dump(mode="json")
     data["ablate"].pop("seeds")
+    # Threads and device decide the last digits of the dense weights.
+    data["resources"] = {name: data["resources"][name] for name in ("cpu", "gpu")}
     return data
 
 
@@ -200,6 +231,7 @@ def _jobs(
     rows: Sequence[Row],
     missing: Mapping[str, tuple[Row, int]],
     problem: Problem,
+    keeper: Any,
 ) -> dict[str, Any]:
     """The missing jobs, behind the data and the dense models that they need."""
     from ..cluster import Result
@@ -213,7 +245,7 @@ def _jobs(
     for name, (row, seed) in missing.items():
         if row.work != "dense":
             state = Result(f"{dense[row.num_classes].key}-s{seed}")
-            jobs[name] = (run_row, (config, row, seed, Result(IMAGES), state))
+            jobs[name] = (run_row, (config, row, seed, Result(IMAGES), state, keeper))
     return jobs
 
 
