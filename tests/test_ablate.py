@@ -19,7 +19,13 @@ from prunesearch.search.ablate.blocks import GREEDY, OPTIMUM, greedy_against_opt
 from prunesearch.search.ablate.cells import cells
 from prunesearch.search.ablate.jobs import first_classes
 from prunesearch.search.ablate.report import markdown
-from prunesearch.search.ablate.run import ABLATIONS, DEFAULT_CONFIG, ablate, find_study
+from prunesearch.search.ablate.run import (
+    ABLATIONS,
+    DEFAULT_CONFIG,
+    NothingCompletedError,
+    ablate,
+    find_study,
+)
 from prunesearch.search.ablate.study import TUNED, Facts, Row, Study
 from prunesearch.search.cluster import connect
 from prunesearch.search.config import ConfigError, SearchConfig, check_names, parse_config
@@ -334,11 +340,20 @@ def test_failures_are_rows_and_are_tried_again(cluster: None, tmp_path: Path) ->
     assert "5 jobs to run" in said.getvalue()
 
 
+def test_an_ablation_of_which_nothing_is_left_fails_and_says_where_the_causes_are(
+    cluster: None, tmp_path: Path
+) -> None:
+    config = parse_config(TINY | {"recover": {"epochs": 0.2, "lr": 1.0e30}})
+    with pytest.raises(NothingCompletedError, match="no job was completed"):
+        ablate("fgp", "fig4", config, tmp_path / "nothing", 1)
+    assert "failed" in (tmp_path / "nothing.md").read_text()
+
+
 def test_curves_by_blocks(cluster: None, config: SearchConfig, tmp_path: Path) -> None:
     """A job of a curve stores one trial for each number of removed blocks."""
     text = ablate("blocks", "fig2", config, tmp_path / "fig2", 1)
     results = Store(tmp_path / "fig2").read()
-    assert len(results) == 2 + 7 * 6
+    assert len(results) == 2 + 9 * 6
     for result in results:
         point = json.loads(result.candidate).get("point")
         assert len(result.dropped_blocks) == (point or 0)
