@@ -26,7 +26,7 @@ SPARSE = Candidate("dsd", (BLOCK,), "global", k=0.6, dsd_lambda=0.5, dsd_q=0.4, 
 def config(**sections: Any) -> SearchConfig:
     data: dict[str, Any] = {
         "model": {"name": "resnet20"},
-        "data": {"name": "digits", "image_size": 8, "limit": 240, "batch_size": 32,
+        "data": {"name": "digits", "image_size": 8, "limit": 250, "batch_size": 32,
                  "calibration_size": 64},
         "baseline": {"epochs": 2, "lr": 0.05},
         "space": {"criteria": ["magnitude_l1", {"fgp": {"feature_point": "act"}}, "random",
