@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .surgery import ChannelGroup, Edit, PruningPlan, Recipe, layer_widths
+from .surgery import ChannelGroup, Edit, PruningPlan, Recipe, inside, layer_widths
 
 Removed = dict[
     tuple[object, ...], Tensor
@@ -77,7 +77,7 @@ def _removed(plan: PruningPlan, recipe: Recipe) -> Removed:
     for group in plan.groups:
         gone = ~_stays(group, recipe.kept)
         for edit in group.edits:
-            if not _inside(edit.target, recipe.dropped_blocks):
+            if not inside(edit.target, recipe.dropped_blocks):
                 parts.setdefault(_dimension(edit), []).append(edit.local[gone[edit.root]])
     return {key: torch.unique(torch.cat(indices)) for key, indices in parts.items()}
 
@@ -87,9 +87,9 @@ def _restricted(group: ChannelGroup, recipe: Recipe, removed: Removed) -> Channe
     edits = tuple(
         _renumbered(edit, stays, removed[_dimension(edit)])
         for edit in group.edits
-        if not _inside(edit.target, recipe.dropped_blocks)
+        if not inside(edit.target, recipe.dropped_blocks)
     )
-    layers = tuple(layer for layer in group.layers if not _inside(layer, recipe.dropped_blocks))
+    layers = tuple(layer for layer in group.layers if not inside(layer, recipe.dropped_blocks))
     return replace(group, num_channels=int(stays.sum()), layers=layers, edits=edits)
 
 
@@ -124,7 +124,3 @@ def _check(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
                 f"`model` (where {group.name} has {width} channels) must be what the recipe "
                 f"makes: {group.num_channels} should be left. Give what `apply` returned."
             )
-
-
-def _inside(name: str, blocks: Sequence[str]) -> bool:
-    return any(name == block or name.startswith(block + ".") for block in blocks)

@@ -122,7 +122,7 @@ class PruningPlan:
         return tuple(
             group
             for group in self.groups
-            if any(not _inside(layer, dropped) for layer in group.layers)
+            if any(not inside(layer, dropped) for layer in group.layers)
         )
 
 
@@ -138,7 +138,7 @@ def group_scores(
         repeated, so that every part ranks its channels alike.
     """
     edits = [edit for edit in group.edits if edit.produces]
-    edits = [edit for edit in edits if not _inside(edit.target, dropped)] or edits
+    edits = [edit for edit in edits if not inside(edit.target, dropped)] or edits
     total = torch.zeros(group.num_channels, dtype=torch.float64)
     makers = torch.zeros_like(total)
     for edit in edits:
@@ -172,7 +172,7 @@ def apply(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
         removed = torch.ones(group.num_channels, dtype=torch.bool)
         removed[list(kept)] = False
         for edit in group.edits:
-            if _inside(edit.target, recipe.dropped_blocks):
+            if inside(edit.target, recipe.dropped_blocks):
                 continue
             indices = edit.local[removed[edit.root]].tolist()
             if indices:
@@ -258,7 +258,8 @@ def _remove(
         setattr(parent, leaf, result)
 
 
-def _inside(name: str, blocks: Sequence[str]) -> bool:
+def inside(name: str, blocks: Sequence[str]) -> bool:
+    """Whether the module `name` is one of `blocks` or lies in one."""
     return any(name == block or name.startswith(block + ".") for block in blocks)
 
 

@@ -18,6 +18,15 @@ from prunesearch.search.bench import MOST_PASSES, bench_criteria, criteria_table
 
 torch.set_num_threads(1)
 
+OWNED = {
+    "stem": ["stem.weight", "stem.bias"],
+    "block.conv1": ["block.conv1.weight", "block.bn1.weight", "block.bn1.bias"],
+    "block.conv2": ["block.conv2.weight", "block.bn2.weight", "block.bn2.bias"],
+    "up": ["up.weight", "up.bias", "norm.weight", "norm.bias"],
+    "fc1": ["fc1.weight", "fc1.bias"],
+    "fc2": ["fc2.weight", "fc2.bias"],
+}
+
 
 @pytest.fixture
 def model():
@@ -48,14 +57,6 @@ def test_magnitude_by_hand():
 
 def test_taylor_equals_an_explicit_autograd_computation(model, task):
     scores = score_channels("taylor", model, task, LAYERS)
-    owned = {
-        "stem": ["stem.weight", "stem.bias"],
-        "block.conv1": ["block.conv1.weight", "block.bn1.weight", "block.bn1.bias"],
-        "block.conv2": ["block.conv2.weight", "block.bn2.weight", "block.bn2.bias"],
-        "up": ["up.weight", "up.bias", "norm.weight", "norm.bias"],
-        "fc1": ["fc1.weight", "fc1.bias"],
-        "fc2": ["fc2.weight", "fc2.bias"],
-    }
     expected = {layer: torch.zeros(len(scores[layer])) for layer in LAYERS}
     for images, target in task.batches:
         model.zero_grad()
@@ -63,7 +64,7 @@ def test_taylor_equals_an_explicit_autograd_computation(model, task):
         parameters = dict(model.named_parameters())
         for layer in LAYERS:
             for channel in range(len(scores[layer])):
-                for key in owned[layer]:
+                for key in OWNED[layer]:
                     values = (parameters[key] * parameters[key].grad).detach() ** 2
                     if key == "up.weight":  # [in 4, out 3 a group]: inputs 0-1 feed outputs 0-2
                         group, inside = divmod(channel, 3)
@@ -303,18 +304,10 @@ def hessian_loop(model, task, parameters):
 
 def test_hessian_equals_an_explicit_loop_over_images(model, task):
     scores = score_channels("hessian", model, task, LAYERS)
-    owned = {
-        "stem": ["stem.weight", "stem.bias"],
-        "block.conv1": ["block.conv1.weight", "block.bn1.weight", "block.bn1.bias"],
-        "block.conv2": ["block.conv2.weight", "block.bn2.weight", "block.bn2.bias"],
-        "up": ["up.weight", "up.bias", "norm.weight", "norm.bias"],
-        "fc1": ["fc1.weight", "fc1.bias"],
-        "fc2": ["fc2.weight", "fc2.bias"],
-    }
     parameters = dict(model.named_parameters())
-    parameters = {key: parameters[key] for keys in owned.values() for key in keys}
+    parameters = {key: parameters[key] for keys in OWNED.values() for key in keys}
     squares = hessian_loop(model, task, parameters)
-    for layer, keys in owned.items():
+    for layer, keys in OWNED.items():
         for channel in range(len(scores[layer])):
             expected = 0.0
             for key in keys:

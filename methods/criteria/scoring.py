@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..trace import evaluating
+
 
 class DataFreeTask(Protocol):
     """What a criterion that reads no data needs of a task: the shape of an image."""
@@ -38,17 +40,13 @@ def scoring(model: nn.Module) -> Iterator[None]:
     Frozen, because a criterion asks for the gradients it needs and no other. The `grad` fields
     are never written: take gradients with `torch.autograd.grad`.
     """
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import Layer, batch_norms_after
+from ..layers import Layer, batch_norms_after, channel_factors
 from ..trace import evaluating
 
 Freeze = Literal["exact", "grad_zero"]
@@ -77,7 +77,7 @@ def frozen_parts(
         add(norm.weight, mask)
         add(norm.bias, mask)
         for layer in producers.get(name, ()):
-            add(layer.weight, _filters(layer, mask))
+            add(layer.weight, channel_factors(layer, mask))
             add(layer.bias, mask)
     return frozen
 
@@ -104,16 +104,6 @@ def producers_of(
                 f"{name} takes is no layer's output. Use `bn`, or leave {name} out of `norms`."
             )
     return found
-
-
-def _filters(layer: Layer, mask: Tensor) -> Tensor:
-    """The channels of `mask`, bool [out], laid over the layer's weight."""
-    ones = (1,) * (layer.weight.dim() - 2)
-    if isinstance(layer, nn.ConvTranspose2d):  # weight: [in, out / groups, kh, kw]
-        rows = mask.reshape(layer.groups, -1)
-        rows = rows.repeat_interleave(layer.in_channels // layer.groups, dim=0)
-        return rows.reshape(*rows.shape, *ones)
-    return mask.reshape(-1, 1, *ones)
 
 
 def _grad(parameter: Tensor) -> Tensor:
