@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from .cli_bench import bench
+from .cli_common import (
+    Address,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    RunDir,
+    Trials,
+    complain,
+    err,
+    import_user_code,
+    load,
+    out,
+    print_wide,
+)
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
@@ -27,23 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning of vision models as a multi-objective search on Ray.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks that print one table each.")
 app.add_typer(bench, name="bench")
-out = Console()
-err = Console(stderr=True)
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The search's config.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="key.sub=value", help="Override a config key; repeatable."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="The Ray cluster of this node: auto or HOST:PORT; local by default."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="How many trials in all.")]
 
 
 def main() -> None:
@@ -51,10 +48,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(EXIT_WRONG_INPUT)
     except KeyboardInterrupt:
-        _complain("Interrupted.")
+        complain("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -74,7 +71,7 @@ def run_command(
     from .runs import check_new_folder
 
     overrides = [*(set_ or []), *([f"search.trials={trials}"] if trials else [])]
-    search = _load(config, overrides)
+    search = load(config, overrides)
     folder = out_dir or Path("results") / search.name
     check_new_folder(folder)
     if dry_run:
@@ -92,7 +89,7 @@ def resume(run_dir: RunDir, address: Address = None, as_json: AsJson = False) ->
     """Finish an interrupted run; no completed trial is run again."""
     from .runs import Run, resume
 
-    _import_user_code(Run(run_dir).config)
+    import_user_code(Run(run_dir).config)
     _finish(run_dir, as_json, lambda progress: resume(run_dir, address=address, progress=progress))
 
 
@@ -107,7 +104,7 @@ def extend(
     from .runs import Run, resume
 
     config = Run(run_dir).config
-    _import_user_code(config)
+    import_user_code(config)
     total = config.search.trials + trials
     _finish(run_dir, as_json, lambda progress: resume(
         run_dir, trials=total, address=address, progress=progress
@@ -159,7 +156,7 @@ def front(
             json.dumps({"baseline": run.baseline, "front": front_rows(run, objectives)})
         )
     else:
-        _print_wide(front_table(run, objectives))
+        print_wide(front_table(run, objectives))
 
 
 @app.command()
@@ -191,10 +188,10 @@ def ablate(
     find_study(paper, table)
     overrides = set_ or []
     if config is not None:
-        search = _load(config, overrides)
+        search = load(config, overrides)
     else:
         search = parse_config(DEFAULT_CONFIG, overrides)
-        _import_user_code(search)
+        import_user_code(search)
 
     command = shlex.join(["prune-search", *sys.argv[1:]])
     try:
@@ -203,10 +200,10 @@ def ablate(
             address=address, progress=Progress(err), command=command,
         )  # fmt: skip
     except KeyboardInterrupt:
-        _complain("Interrupted. Every finished job is stored: repeat the command to go on.")
+        complain("Interrupted. Every finished job is stored: repeat the command to go on.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except NothingCompletedError as error:
-        _complain(str(error))
+        complain(str(error))
         raise typer.Exit(EXIT_FAILED) from None
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -264,7 +261,7 @@ def export(
     if trial is not None and where:
         raise ConfigError("`--where` must not be combined with `--trial`: it would be ignored.")
     run = Run(run_dir)
-    _import_user_code(run.config)
+    import_user_code(run.config)
     run.export(out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ())
     summary = export_summary(out_dir)
     if as_json:
@@ -277,7 +274,7 @@ def export(
 @app.command()
 def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Show what can be removed, what cannot and why; run no trial."""
-    _print_check(_load(config, set_ or []), as_json)
+    _print_check(load(config, set_ or []), as_json)
 
 
 @app.command()
@@ -320,75 +317,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-@bench.command("blocks")
-def bench_blocks_command(
-    model: str = "resnet56",
-    images: Annotated[int, typer.Option(min=1)] = 1000,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Time block ranking by suffix-only evaluation against full forwards."""
-    from .bench import bench_blocks, blocks_table
-
-    result = _checked(lambda: bench_blocks(model=model, images=images, rounds=rounds))
-    if as_json:
-        out.print_json(json.dumps(result))
-    else:
-        _print_wide(blocks_table(result))
-
-
-@bench.command("criteria")
-def bench_criteria_command(
-    model: str = "resnet56",
-    images: Annotated[int, typer.Option(min=1)] = 512,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Time each channel criterion beside one pass over the calibration images."""
-    from .bench import bench_criteria, criteria_table
-
-    result = _checked(lambda: bench_criteria(model=model, images=images, rounds=rounds))
-    out.print_json(json.dumps(result)) if as_json else _print_wide(criteria_table(result))
-
-
-@bench.command("controls")
-def bench_controls_command(
-    config: ConfigFile,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the runs.")],
-    set_: Overrides = None,
-) -> None:
-    """Compare a search with uniform and random pruning at the same budget."""
-    search = _load(config, set_ or [])
-    from .controls import bench_controls
-    from .progress import Progress
-
-    out.print(bench_controls(search, out_dir, Progress(err)), markup=False, highlight=False)
-
-
 # --- helpers ---------------------------------------------------------------------------------
-
-
-def _load(path: Path, overrides: Sequence[str]) -> SearchConfig:
-    from .config import check_names, load_config
-
-    config = load_config(path, overrides)
-    _import_user_code(config)
-    check_names(config, path, overrides)
-    return config
-
-
-def _checked(work: Callable[[], Any]) -> Any:
-    """The result of `work`; what it refuses is the user's mistake."""
-    try:
-        return work()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _import_user_code(config: SearchConfig) -> None:
-    """`module:callable` is looked for in the current folder too, last; Ray's workers follow."""
-    if ":" in config.model.name and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
 
 
 def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
@@ -400,7 +329,7 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
         run = work(Progress(err))
     except KeyboardInterrupt:
         if (folder / "config.yaml").exists():
-            _complain(
+            complain(
                 "Interrupted. Every finished trial is stored. Continue with "
                 f"`prune-search resume {folder}`."
             )
@@ -410,7 +339,7 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
             json.dumps({"run": str(folder), "baseline": run.baseline, "front": front_rows(run)})
         )
     else:
-        _print_wide(front_table(run))
+        print_wide(front_table(run))
         out.print(time_table(run))
         out.print(
             f"run folder: {folder}\nexport the fastest within 1 %: prune-search export {folder} "
@@ -420,7 +349,7 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
             soft_wrap=True,
         )
     if not any(result.status == "completed" for result in run.results()):
-        _complain("No trial was completed. `prune-search status` shows the causes.")
+        complain("No trial was completed. `prune-search status` shows the causes.")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -433,21 +362,13 @@ def _print_check(config: SearchConfig, as_json: bool) -> None:
         out.print_json(json.dumps(report))
         return
     for part in check_tables(report):
-        _print_wide(part)
+        print_wide(part)
 
 
 def _print_names(
     names: dict[str, dict[str, str]], table: Callable[..., Any], as_json: bool
 ) -> None:
     out.print_json(json.dumps(names)) if as_json else out.print(table(names))
-
-
-def _print_wide(table: Any) -> None:
-    """Prints a table in full width where the output is not a terminal."""
-    if out.is_terminal:
-        out.print(table)
-    else:
-        Console(width=160, file=out.file).print(table)
 
 
 def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:
@@ -466,10 +387,6 @@ def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] 
         return None
     x, y = axes(config.objectives, x, y)
     return {y: METRICS[y], x: METRICS[x]}
-
-
-def _complain(message: str) -> None:
-    err.print(f"prune-search: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from prunesearch.methods.data import load_data
 from prunesearch.methods.finetune import finetune, recalibrate_batch_norm
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks import ClassificationTask
-from prunesearch.search.bench import bench_blocks, blocks_table
+from prunesearch.search.bench.blocks import bench_blocks, blocks_table
 
 
 @pytest.fixture(scope="module")

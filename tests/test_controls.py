@@ -8,8 +8,8 @@ from pathlib import Path
 from helpers import SMALL, write_config
 
 from prunesearch.search import load_config
+from prunesearch.search.bench.controls import bench_controls, variants
 from prunesearch.search.config import dump_config
-from prunesearch.search.controls import bench_controls, variants
 from prunesearch.search.progress import Progress
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.store import Store, atomic_write_bytes, write_json

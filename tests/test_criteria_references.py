@@ -14,7 +14,7 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import Recipe, apply, group_scores
 from prunesearch.methods.tasks.no_data import NoData
-from prunesearch.search.bench import MOST_PASSES, bench_criteria, criteria_table
+from prunesearch.search.bench.criteria import MOST_PASSES, bench_criteria, criteria_table
 
 torch.set_num_threads(1)
 

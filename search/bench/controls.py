@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import ConfigError, SearchConfig
-from .front import front_of, hypervolume
-from .plot import plot_runs
-from .progress import Progress
-from .records import TrialResult, TrialStatus
-from .runs import CONFIG, Run, absolute, resume, run
-from .store import atomic_write_bytes
+from ..config import ConfigError, SearchConfig
+from ..front import front_of, hypervolume
+from ..plot import plot_runs
+from ..progress import Progress
+from ..records import TrialResult, TrialStatus
+from ..runs import CONFIG, Run, absolute, resume, run
+from ..store import atomic_write_bytes
 
 SPEEDUPS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 SLOWEST = 1.1  # reference point: accuracy 0 at 1.1 x the dense latency

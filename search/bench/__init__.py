@@ -1,0 +1,1 @@
+"""Benchmarks as commands; each prints one table. Ratios come from one process, interleaved."""
