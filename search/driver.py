@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .actors import Keeper, LatencyProbe, Worker
-from .config import ConfigError, SearchConfig
+from .config import ConfigError, ResourcesConfig, SearchConfig
 from .coordinator import Coordinator
 from .records import TrialResult, TrialStatus
 from .setup import Problem, pack_images
@@ -74,33 +74,49 @@ class Fleet:
             "probe": self.probe,
             "keeper": self.keeper,
         }
-        trainable = tune.with_resources(
-            tune.with_parameters(Worker, parts=parts),
-            {"cpu": resources.cpu, "gpu": resources.gpu},
-        )
-        scratch = tempfile.mkdtemp(prefix="prune-search-")
-        try:
-            tune.Tuner(
-                trainable,
-                tune_config=tune.TuneConfig(
-                    search_alg=_Asker(coordinator),
-                    num_samples=-1,
-                    max_concurrent_trials=slots,
-                    reuse_actors=True,
-                    trial_name_creator=lambda trial: trial.config["trial_id"],
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=scratch,
-                    callbacks=[_Recorder(coordinator, tick)],
-                    failure_config=tune.FailureConfig(max_failures=resources.max_retries),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    verbose=0,
-                ),
-            ).fit()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        trainable = tune.with_parameters(Worker, parts=parts)
+        run_trials(coordinator, trainable, slots, tick, resources)
+
+
+def run_trials(
+    coordinator: Coordinator,
+    trainable: Any,
+    slots: int,
+    tick: Callable[[int], None],
+    resources: ResourcesConfig,
+) -> None:
+    """Runs on Tune everything that the coordinator proposes; returns when it is done.
+
+    Args:
+        coordinator: Proposes and records.
+        trainable: A Tune trainable class: one step is one trial and returns its `row` (JSON).
+        slots: How many trials run at a time.
+        tick: Called often with the number of running trials.
+        resources: What a trial takes, and how often it is tried again.
+    """
+    scratch = tempfile.mkdtemp(prefix="prune-search-")
+    try:
+        tune.Tuner(
+            tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
+            tune_config=tune.TuneConfig(
+                search_alg=_Asker(coordinator),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["trial_id"],
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                callbacks=[_Recorder(coordinator, tick)],
+                failure_config=tune.FailureConfig(max_failures=resources.max_retries),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- in the driver: Tune's hooks -------------------------------------------------------------
