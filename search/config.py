@@ -477,6 +477,9 @@ class SamplerConfig(_Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="the seed of everything random")
     seeds: bool = Field(default=True, description="whether known good candidates are tried first")
+    sensitivity: bool = Field(
+        default=True, description="whether single edits are measured first, for better seeds"
+    )
     time_limit_s: float | None = Field(
         default=None, gt=0, description="seconds until no trial starts"
     )

@@ -18,12 +18,12 @@ from .context import TrialSpec
 from .front import front_of
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
+from .seeds import Seed, default_seeds
 from .setup import Baseline
 from .space import Space
 from .store import Store
 from .trial import with_provenance
 
-SEED_SHARE = 0.4  # at most this share of the trials are seed candidates
 COMPACT_EVERY = 256
 
 Listener = Callable[[TrialResult], None]
@@ -44,13 +44,15 @@ class Coordinator:
         baseline: Baseline,
         run_dir: Path,
         listener: Listener,
+        seeds: Sequence[Seed] | None = None,
     ) -> None:
         self.config = config
         self._run_dir = run_dir
         self._listener = listener
         self.store = Store(run_dir)
         self.baseline = baseline
-        seeds = space.seeds(int(SEED_SHARE * config.search.trials)) if config.search.seeds else []
+        if seeds is None:
+            seeds = default_seeds(space, config)
         self._sampler = Sampler(space, config, seeds)
         self.results: dict[str, TrialResult] = {}
         self._by_candidate: dict[str, str] = {}

@@ -258,6 +258,8 @@ def _execute(
     new: bool,
 ) -> Run:
     from .coordinator import Coordinator
+    from .seeds import default_seeds
+    from .sensitivity import measure_sensitivity
     from .setup import make_space, pose, prepare_dense
 
     progress = progress or Progress.silent()
@@ -282,13 +284,16 @@ def _execute(
         with clock("blocks_s"):
             space = make_space(problem, folder, progress.say)
         progress.say(f"space: {space.size_hint}")
+        with clock("sensitivity_s"):
+            table = measure_sensitivity(problem, space, baseline.accuracy, folder, progress.say)
         with clock("ray_start_s"):
             if address in LOCAL:
                 stack.enter_context(connect(None))
             fleet = Fleet(problem, baseline.accuracy, folder)
         with clock("reference_s"):
             baseline = _with_reference(baseline, fleet, folder, progress)
-        coordinator = Coordinator(config, space, baseline, folder, progress.finished)
+        seeds = default_seeds(space, config, table)
+        coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds)
         with clock("trials_s"), progress.live(coordinator):
             try:
                 fleet.run(coordinator, progress.running)

@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .config import SearchConfig
 from .records import Candidate, TrialResult, TrialStatus, violations
-from .space import Params, Seed, Space
+from .seeds import Seed
+from .space import Params, Space
 
 POPULATION = 20  # NSGA-II: small, since a search has tens to hundreds of trials
 GP_STARTUP = 12

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,14 @@ from optuna.trial import Trial
 
 from ..methods.select import num_kept
 from ..methods.surgery import ChannelGroup, PruningPlan
-from .config import BlocksConfig, DsdLambdaConfig, SpaceConfig
+from .config import (
+    BlocksConfig,
+    DsdLambdaConfig,
+    KeepConfig,
+    MacsConfig,
+    SpaceConfig,
+    TopKConfig,
+)
 from .records import Candidate
 
 Params = dict[str, Any]
@@ -37,19 +43,8 @@ GLOBAL_KEEP = "keep:global"
 MACS_KEEP = "macs_keep"
 DSD = "dsd"
 DSD_LAMBDA, DSD_Q, DSD_EPOCHS = "dsd_lambda", "dsd_q", "dsd_epochs"
-UNIFORM_KEEPS = (0.9, 0.75, 0.6, 0.45, 0.3)
 K_DECIMALS = 3
-
-
-_FRACTION_OF = {"cumulative": TOP_K, "macs": MACS_KEEP, "global": GLOBAL_KEEP}
-
-
-@dataclass(frozen=True)
-class Seed:
-    """Parameters to try first, and where they come from."""
-
-    origin: str
-    params: Params
+FRACTION_OF = {"cumulative": TOP_K, "macs": MACS_KEEP, "global": GLOBAL_KEEP}
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,8 @@ class Space:
         if criterion == DSD:
             return self._sparse(dropped, params)
         rule = str(params[SELECT])
-        if rule in _FRACTION_OF:
-            k = max(round(float(params[_FRACTION_OF[rule]]), K_DECIMALS), 10.0**-K_DECIMALS)
+        if rule in FRACTION_OF:
+            k = max(round(float(params[FRACTION_OF[rule]]), K_DECIMALS), 10.0**-K_DECIMALS)
             if k == 1 and rule != "cumulative":
                 return Candidate(dropped_blocks=dropped)
             return Candidate(criterion, dropped, rule, k=k)
@@ -140,39 +135,11 @@ class Space:
             return Candidate(criterion, dropped, rule)
         keep = {}
         for group in alive:
-            kept = kept_channels(group, float(params[self._keep_name(group)]), self._round_to)
+            kept = kept_channels(group, float(params[self.keep_name(group)]), self._round_to)
             keep[group.name] = kept / group.num_channels
         if all(fraction == 1 for fraction in keep.values()):
             return Candidate(dropped_blocks=dropped)
         return Candidate(criterion, dropped, rule, keep=tuple(sorted(keep.items())))
-
-    def seeds(self, limit: int) -> list[Seed]:
-        """Known good starts: dense, each criterion's uniform ladder, the ranked block path.
-
-        Each ladder gives every second rung first, so that few seeds already span it. Seeds that
-        the space's bounds do not admit are left out, and so are repeated ones.
-        """
-        ladders: list[list[Seed]] = [
-            [
-                Seed(f"seed: {self._ladder(criterion)}", self._uniform(criterion, keep))
-                for keep in UNIFORM_KEEPS
-            ]
-            for criterion in self.criteria
-        ]
-        ladders.append(
-            [Seed("seed: ranked blocks", self._ranked(n)) for n in range(1, self.max_blocks + 1)]
-        )
-        dense = self._ranked(0)
-        ordered = [Seed("seed: dense" if self._is_dense(dense) else "seed: least pruned", dense)]
-        ladders = [ladder[1::2] + ladder[::2] for ladder in ladders]
-        ordered += [s for row in zip_longest(*ladders) for s in row if s is not None]
-        admitted: list[Seed] = []
-        known: set[Candidate] = set()
-        for seed in ordered:
-            if self._admits(seed.params) and (c := self.candidate(seed.params)) not in known:
-                known.add(c)
-                admitted.append(seed)
-        return admitted[:limit]
 
     # --- the dimensions ---------------------------------------------------------------------
 
@@ -183,7 +150,7 @@ class Space:
             yield NUM_BLOCKS, IntDistribution(0, self.max_blocks)
         elif self.max_blocks and blocks.mode == "mask":
             for block in self.block_order:
-                yield _block_name(block), CategoricalDistribution((False, True))
+                yield block_name(block), CategoricalDistribution((False, True))
         if not self.criteria:
             return
         yield CRITERION, CategoricalDistribution(self.criteria)
@@ -200,7 +167,7 @@ class Space:
             case "global":
                 yield GLOBAL_KEEP, FloatDistribution(keep.low, keep.high)
             case "ratio":
-                for name in self._keep_names():
+                for name in self.keep_names():
                     yield name, FloatDistribution(keep.low, keep.high)
 
     def _sparse_dimensions(self) -> Iterator[tuple[str, BaseDistribution]]:
@@ -226,10 +193,12 @@ class Space:
     def _round_to(self) -> int:
         return self.config.keep.round_to
 
-    def _keep_names(self) -> list[str]:
-        return list(dict.fromkeys(self._keep_name(group) for group in self.plan.groups))
+    def keep_names(self) -> list[str]:
+        """The dimensions of the rule `ratio`, in the order of the plan's groups."""
+        return list(dict.fromkeys(self.keep_name(group) for group in self.plan.groups))
 
-    def _keep_name(self, group: ChannelGroup) -> str:
+    def keep_name(self, group: ChannelGroup) -> str:
+        """The dimension that decides how many of a group's channels are kept."""
         match self.config.keep.per:
             case "model":
                 return "keep"
@@ -243,27 +212,47 @@ class Space:
             return ()
         if self.config.blocks.mode == "ranked":
             return tuple(sorted(self.drops[params[NUM_BLOCKS]]))
-        chosen = [block for block in self.block_order if params[_block_name(block)]]
+        chosen = [block for block in self.block_order if params[block_name(block)]]
         return tuple(sorted(chosen[: self.max_blocks]))  # over the limit: the best-ranked ones go
 
-    # --- seeds ------------------------------------------------------------------------------
+    # --- parameters from a few numbers ------------------------------------------------------
 
-    def _block_params(self, num_dropped: int) -> Params:
+    def block_params(self, num_dropped: int) -> Params:
+        """Parameters that drop the first so many blocks of the ranked path."""
         if not self.max_blocks:
             return {}
         if self.config.blocks.mode == "ranked":
             return {NUM_BLOCKS: num_dropped}
-        return {_block_name(b): b in self.drops[num_dropped] for b in self.block_order}
+        return {block_name(b): b in self.drops[num_dropped] for b in self.block_order}
 
-    def _channel_params(self, criterion: str, keep: float) -> Params:
+    def channel_params(self, criterion: str, keep: float) -> Params:
+        """Parameters that keep the same fraction everywhere, by the first rule that fits."""
         if criterion == DSD:
             return self._sparse_params(keep)
         if "ratio" in self.config.select:
             params: Params = {CRITERION: criterion, SELECT: "ratio"}
-            return params | {name: keep for name in self._keep_names()}
+            return params | {name: keep for name in self.keep_names()}
         rule = self.config.select[0]
         params = {CRITERION: criterion, SELECT: rule}
-        return params | ({_FRACTION_OF[rule]: keep} if rule in _FRACTION_OF else {})
+        return params | ({FRACTION_OF[rule]: keep} if rule in FRACTION_OF else {})
+
+    def fraction_bounds(self, rule: str) -> KeepConfig | TopKConfig | MacsConfig:
+        """The ends of the fraction that a rule of `FRACTION_OF` has."""
+        match rule:
+            case "cumulative":
+                return self.config.top_k
+            case "macs":
+                return self.config.macs_keep
+            case _:
+                return self.config.keep
+
+    def admits(self, params: Mapping[str, Any]) -> bool:
+        """Whether every parameter lies within its bounds."""
+        try:
+            self.distributions(params)
+        except ValueError:
+            return False
+        return True
 
     def _sparse_params(self, keep: float) -> Params:
         """Sparse training of medium strength that removes about 1 - `keep`."""
@@ -276,42 +265,6 @@ class Space:
             DSD_Q: min(fractions, key=lambda fraction: abs(1 - keep - fraction)),
             DSD_EPOCHS: epochs[-1],
         }
-
-    def _ranked(self, num_dropped: int) -> Params:
-        if not self.criteria:
-            return self._block_params(num_dropped)
-        plain = [criterion for criterion in self.criteria if criterion != DSD]
-        most = 1.0 if "ratio" in self.config.select else self._most_kept()
-        channels = self._channel_params((plain or [DSD])[0], most)
-        return self._block_params(num_dropped) | channels
-
-    def _most_kept(self) -> float:
-        """The largest fraction under the first rule of the space."""
-        highs = {
-            "cumulative": self.config.top_k.high,
-            "macs": self.config.macs_keep.high,
-            "global": self.config.keep.high,
-        }
-        return highs.get(self.config.select[0], 1.0)
-
-    def _ladder(self, criterion: str) -> str:
-        """Only equal fractions in all groups are the control that is called uniform pruning."""
-        if criterion != DSD and "ratio" in self.config.select:
-            return f"uniform {criterion}"
-        return f"{criterion} ladder"
-
-    def _is_dense(self, params: Params) -> bool:
-        return self._admits(params) and self.candidate(params) == Candidate()
-
-    def _uniform(self, criterion: str, keep: float) -> Params:
-        return self._block_params(0) | self._channel_params(criterion, keep)
-
-    def _admits(self, params: Params) -> bool:
-        try:
-            self.distributions(params)
-        except ValueError:
-            return False
-        return True
 
 
 def max_blocks(config: BlocksConfig, num_removable: int) -> int:
@@ -369,5 +322,6 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     return bool(distribution.low <= value <= distribution.high)
 
 
-def _block_name(block: str) -> str:
+def block_name(block: str) -> str:
+    """The dimension that says whether a block is dropped, where blocks are a mask."""
     return f"drop:{block}"

@@ -20,6 +20,7 @@ PARTS = {
     "load_s": "load data and model",
     "dense_s": "dense model",
     "blocks_s": "block ranking",
+    "sensitivity_s": "single edits",
     "ray_start_s": "start Ray",
     "reference_s": "dense latency",
     "trials_s": "trials (wall clock)",

@@ -17,6 +17,7 @@ from prunesearch.search import sampler as module
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.sampler import Proposal, Sampler, trial_seed
+from prunesearch.search.seeds import make_seeds
 from prunesearch.search.space import Space
 
 SAMPLERS = ["tpe", "nsga2", "gp", "random"]
@@ -45,7 +46,7 @@ def config(sampler: str, **changes: Any) -> SearchConfig:
 def new(plan: PruningPlan, sampler: str, num_seeds: int = 3, **changes: Any) -> Sampler:
     settings = config(sampler, **changes)
     space = Space(settings.space, plan, ranked(ORDER))
-    return Sampler(space, settings, space.seeds(num_seeds))
+    return Sampler(space, settings, make_seeds(space, num_seeds))
 
 
 def outcome(proposal: Proposal) -> TrialResult:
@@ -118,7 +119,7 @@ def test_what_was_told_matters(plan):
 
 def test_seeds_come_first_and_are_taken_exactly(plan):
     sampler = new(plan, "random")
-    seeds = sampler._space.seeds(3)
+    seeds = make_seeds(sampler._space, 3)
     proposals = [sampler.ask(number) for number in range(5)]
     assert [p.origin for p in proposals] == [*(s.origin for s in seeds), "random", "random"]
     assert [p.params for p in proposals[:3]] == [s.params for s in seeds]

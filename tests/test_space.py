@@ -15,6 +15,7 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.config import SpaceConfig, parse_config
 from prunesearch.search.records import Candidate
+from prunesearch.search.seeds import make_seeds
 from prunesearch.search.space import (
     Space,
     effective_widths,
@@ -201,7 +202,7 @@ def test_a_candidate_survives_json_and_its_key_is_its_content(make):
 
 def test_seeds_are_dense_then_the_ladders_and_the_ranked_path_in_turn(make):
     space = make(criteria=["fgp", "taylor"], keep={"low": 0.3})
-    seeds = space.seeds(100)
+    seeds = make_seeds(space, 100)
     assert [s.origin for s in seeds[:4]] == [
         "seed: dense", "seed: uniform fgp", "seed: uniform taylor", "seed: ranked blocks",
     ]  # fmt: skip
@@ -212,7 +213,7 @@ def test_seeds_are_dense_then_the_ladders_and_the_ranked_path_in_turn(make):
     assert path == [tuple(sorted(ORDER[:n])) for n in (2, 1, 3)]
     ladder = [dict(c.keep)["layer3.0.conv1"] for c in candidates if c.criterion == "fgp"]
     assert ladder == [48 / 64, 29 / 64, 58 / 64, 39 / 64, 20 / 64]
-    assert space.seeds(3) == seeds[:3] and space.seeds(0) == []
+    assert make_seeds(space, 3) == seeds[:3] and make_seeds(space, 0) == []
 
 
 @pytest.mark.parametrize("mode", ["mask", "ranked", "none"])
@@ -222,19 +223,19 @@ def test_every_seed_lies_within_the_bounds(make, mode, per):
         space = make(
             blocks={"mode": mode}, keep={"per": per, "low": low, "high": high}, select=rule
         )
-        for seed in space.seeds(50):
+        for seed in make_seeds(space, 50):
             space.distributions(seed.params)
             assert all(low <= v <= high for k, v in seed.params.items() if k.startswith("keep"))
 
 
 def test_coarse_widths_make_no_duplicate_seeds(make):
     space = make(keep={"round_to": 16})
-    candidates = [space.candidate(seed.params) for seed in space.seeds(100)]
+    candidates = [space.candidate(seed.params) for seed in make_seeds(space, 100)]
     assert len(set(candidates)) == len(candidates)
 
 
 def test_a_space_of_blocks_alone_has_seeds_too(make):
-    seeds = make(criteria=[]).seeds(10)
+    seeds = make_seeds(make(criteria=[]), 10)
     assert [seed.origin for seed in seeds] == ["seed: dense", *["seed: ranked blocks"] * 3]
 
 
@@ -288,7 +289,7 @@ def test_q_never_exceeds_its_range_when_the_step_does_not_divide_it(make):
 def test_seeds_of_every_criterion_and_rule_lie_in_the_space(make):
     for rules in (["global"], ["macs"], ["peak30", "rand30"], ["cumulative"], ["ratio"]):
         space = make(criteria=["taylor", "dsd"], select=rules)
-        seeds = space.seeds(100)
+        seeds = make_seeds(space, 100)
         assert {space.candidate(seed.params).criterion for seed in seeds} >= {"dsd"}
         for seed in seeds:
             space.distributions(seed.params)
@@ -302,12 +303,12 @@ def test_a_ledger_without_sparse_training_still_reads(make):
 def test_only_equal_fractions_are_called_uniform_and_only_the_dense_model_dense(make):
     origins = {
         seed.origin
-        for seed in make(criteria=["taylor", "dsd"], select=["ratio", "macs"]).seeds(100)
+        for seed in make_seeds(make(criteria=["taylor", "dsd"], select=["ratio", "macs"]), 100)
     }
     assert {"seed: dense", "seed: uniform taylor", "seed: dsd ladder"} <= origins
     assert "seed: uniform dsd" not in origins
     for options in ({"criteria": ["dsd"]}, {"select": ["macs"]}, {"select": ["rand30"]}):
-        origins = {seed.origin for seed in make(**options).seeds(100)}
+        origins = {seed.origin for seed in make_seeds(make(**options), 100)}
         assert "seed: dense" not in origins and "seed: least pruned" in origins
         assert not any("uniform" in origin for origin in origins)
 

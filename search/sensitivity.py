@@ -1,0 +1,507 @@
+"""What each dimension of the space costs alone: measured before the first trial, kept in the run.
+
+Every level (a block dropped, one keep fraction lowered) is tried by itself on the dense model,
+with batch-norm recalibration and no training. The damages add up to a prediction of any
+combination: a start for the search (seeds.py) and for its model of the accuracy.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from ..methods.layer_costs import LayerCosts
+from ..methods.sensitivity import measure_edit
+from ..methods.surgery import inside
+from .config import SearchConfig
+from .context import TrialContext
+from .prune import make_recipe
+from .records import Candidate
+from .setup import Problem
+from .space import CRITERION, DSD, FRACTION_OF, NUM_BLOCKS, SELECT, Params, Space, block_name
+from .store import read_json, write_json
+
+Say = Callable[[str], None]
+
+SENSITIVITY = "sensitivity.json"
+SHARE = 0.1  # of what the trials will cost, at most
+IMAGES = 2000  # validation images of one evaluation, at most
+RECALIBRATION_IMAGES = 512
+TRAINING = 3  # a training step costs so many forward passes
+LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
+UNIFORM = 0.6  # where criteria are compared with each other
+FLOOR = 1e-3  # accuracies this near to 0 or 1 have no finite log-odds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One level of one dimension, alone.
+
+    Attributes:
+        dimension: Name of the parameter (`drop:BLOCK`, `num_blocks`, `keep:stage1`, `top_k`), or
+            `select:RULE` for a rule without a parameter.
+        value: Its value; 1 for a dropped block and for a rule.
+        accuracy: On the validation images used.
+        loss: Likewise.
+        macs: Of the model that it makes.
+        num_params: Likewise.
+    """
+
+    dimension: str
+    value: float
+    accuracy: float
+    loss: float
+    macs: int
+    num_params: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the table expects of a candidate before any training."""
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Every level measured alone, beside the dense model.
+
+    Attributes:
+        accuracy: The dense model's, on the same images.
+        loss: Likewise.
+        macs: Of the dense model.
+        num_params: Likewise.
+        criterion: The criterion that the levels were measured with; None without channels.
+        entries: The levels.
+        factors: Criterion -> its damage where all keep fractions are alike, relative to that of
+            `criterion`; 1 where it was not measured.
+        blocks: The removable blocks, the one to remove first in front.
+        max_blocks: How many of them may go.
+        lost: Dimension -> block -> the fraction of the dimension's channel groups that vanish
+            with the block.
+        seconds: What the measurement took.
+    """
+
+    accuracy: float
+    loss: float
+    macs: int
+    num_params: int
+    criterion: str | None
+    entries: tuple[Entry, ...]
+    factors: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    max_blocks: int = 0
+    lost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def predict(self, params: Mapping[str, Any]) -> Prediction:
+        """Accuracy and loss of a candidate after batch-norm recalibration, before training.
+
+        The damages of its dimensions add up: increases of the loss, and decreases of the
+        accuracy's log-odds. A dimension without entries has none. Between two levels, and beyond
+        the last one, the damage is linear; it never falls as more is removed.
+
+        Args:
+            params: As `Space.suggest` returns them.
+        """
+        odds, loss = self.damage(params)
+        return Prediction(_accuracy(_log_odds(self.accuracy) - odds), self.loss + loss)
+
+    def damage(self, params: Mapping[str, Any]) -> tuple[float, float]:
+        """The summed decrease of the accuracy's log-odds, and the summed increase of the loss."""
+        dropped = self.dropped(params)
+        total = [0.0, 0.0]
+        for block in dropped:
+            self._add(total, block_name(block), 1.0, 1.0)
+        if NUM_BLOCKS in params:
+            self._add(total, NUM_BLOCKS, float(params[NUM_BLOCKS]), 1.0)
+        factor = self.factors.get(str(params.get(CRITERION)), 1.0)
+        for name, value in params.items():
+            if name in self._channel_dimensions:
+                self._add(total, name, float(value), factor * self._alive(name, dropped))
+        rule = f"select:{params.get(SELECT)}"
+        if rule in self._channel_dimensions:
+            self._add(total, rule, 1.0, factor)
+        return total[0], total[1]
+
+    def level_damage(self, dimension: str, value: float) -> tuple[float, float] | None:
+        """Damage of one level alone, as `damage`; None where the dimension has no entries."""
+        curve = self._curves.get(dimension)
+        return None if curve is None else curve(value)
+
+    def dropped(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        """The blocks that a mask drops, as `Space.candidate` sees them."""
+        chosen = [block for block in self.blocks if params.get(block_name(block))]
+        return tuple(chosen[: self.max_blocks])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SensitivityTable:
+        """Inverse of `to_json`."""
+        entries = tuple(Entry(**entry) for entry in data["entries"])
+        return cls(**{**data, "entries": entries, "blocks": tuple(data["blocks"])})
+
+    def _add(self, total: list[float], name: str, value: float, weight: float) -> None:
+        curve = self._curves.get(name)
+        if curve is not None and weight > 0:
+            odds, loss = curve(value)
+            total[0] += weight * odds
+            total[1] += weight * loss
+
+    def _alive(self, dimension: str, dropped: Sequence[str]) -> float:
+        lost = self.lost.get(dimension)
+        return 1.0 - sum(lost.get(block, 0.0) for block in dropped) if lost else 1.0
+
+    @cached_property
+    def _channel_dimensions(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for name in self._curves
+            if name != NUM_BLOCKS and not name.startswith(block_name(""))
+        )
+
+    @cached_property
+    def _curves(self) -> dict[str, _Curve]:
+        levels: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            levels.setdefault(entry.dimension, []).append(entry)
+        return {
+            name: _Curve(
+                neutral(name),
+                [entry.value for entry in found],
+                [_log_odds(self.accuracy) - _log_odds(entry.accuracy) for entry in found],
+                [entry.loss - self.loss for entry in found],
+            )
+            for name, found in levels.items()
+        }
+
+
+class _Curve:
+    """Damage over the levels of one dimension: piecewise linear, zero at the neutral level.
+
+    A point's place is its distance from the neutral level; what noise made smaller than the
+    damage of a lesser removal is raised to it.
+    """
+
+    def __init__(
+        self, neutral: float, values: list[float], odds: list[float], losses: list[float]
+    ) -> None:
+        self._neutral = neutral
+        points = sorted(
+            (abs(value - neutral), o, loss)
+            for value, o, loss in zip(values, odds, losses, strict=True)
+        )
+        self._places, self._odds, self._losses = [0.0], [0.0], [0.0]
+        for place, o, loss in points:
+            if place > self._places[-1]:
+                self._places.append(place)
+                self._odds.append(max(o, self._odds[-1]))
+                self._losses.append(max(loss, self._losses[-1]))
+
+    def __call__(self, value: float) -> tuple[float, float]:
+        place = abs(value - self._neutral)
+        if place == 0 or len(self._places) == 1:
+            return 0.0, 0.0
+        right = min(max(bisect.bisect_left(self._places, place), 1), len(self._places) - 1)
+        x0, x1 = self._places[right - 1 : right + 1]
+        share = (place - x0) / (x1 - x0)
+        return tuple(  # type: ignore[return-value]
+            ys[right - 1] + share * (ys[right] - ys[right - 1])
+            for ys in (self._odds, self._losses)
+        )
+
+
+def neutral(dimension: str) -> float:
+    """The value at which a dimension removes nothing."""
+    no_keep = dimension == NUM_BLOCKS or dimension.startswith((block_name(""), f"{SELECT}:"))
+    return 0.0 if no_keep else 1.0
+
+
+class Costs:
+    """MACs and parameters of the space's candidates, without building them.
+
+    Args:
+        space: The space.
+        layers: The dense model's layers.
+        table: Says what the rules cost whose widths depend on scores; None where there is none.
+    """
+
+    def __init__(
+        self, space: Space, layers: LayerCosts, table: SensitivityTable | None = None
+    ) -> None:
+        self._space = space
+        self.layers = layers
+        self._table = table
+
+    def macs(self, params: Mapping[str, Any]) -> int:
+        """Multiply-adds of one image: exact under the rule `ratio`, else an estimate."""
+        candidate = self._space.candidate(params)
+        keep = dict(candidate.keep)
+        macs = self.layers.macs(keep, candidate.dropped_blocks)
+        return round(macs * self._by_scores(candidate, "macs"))
+
+    def num_params(self, params: Mapping[str, Any]) -> int:
+        """Parameters: exact under the rule `ratio`, else an estimate."""
+        candidate = self._space.candidate(params)
+        keep = dict(candidate.keep)
+        count = self.layers.num_params(keep, candidate.dropped_blocks)
+        return round(count * self._by_scores(candidate, "num_params"))
+
+    def _by_scores(self, candidate: Candidate, metric: str) -> float:
+        """The fraction that stays where widths depend on scores: between the measured levels."""
+        rule, k = candidate.select, candidate.k
+        if rule == "macs" and k is not None and metric == "macs":
+            return k
+        if self._table is None or rule in (None, "ratio"):
+            return 1.0
+        dense = getattr(self._table, metric)
+        name = FRACTION_OF.get(str(rule), f"{SELECT}:{rule}")
+        points = sorted(
+            (e.value, getattr(e, metric) / dense)
+            for e in self._table.entries
+            if e.dimension == name
+        )
+        if not points:
+            return 1.0 if k is None else k**2
+        if k is None:
+            return float(points[0][1])
+        points = [(0.0, 0.0), *points, (1.0, 1.0)]
+        right = max(1, bisect.bisect_left([p[0] for p in points], k))
+        (x0, y0), (x1, y1) = points[right - 1], points[min(right, len(points) - 1)]
+        return float(y0 if x1 == x0 else y0 + (k - x0) / (x1 - x0) * (y1 - y0))
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Level:
+    """One edit to measure: a dimension's value with everything else dense."""
+
+    dimension: str
+    value: float
+    params: Params
+
+
+def measure_sensitivity(
+    problem: Problem, space: Space, baseline_accuracy: float, run_dir: Path, say: Say
+) -> SensitivityTable | None:
+    """The table of a run: read where it was measured before, else measured and stored.
+
+    Args:
+        problem: With the dense weights in its model.
+        space: The space.
+        baseline_accuracy: The dense model's validation accuracy.
+        run_dir: The run folder.
+        say: Told what is done.
+
+    Returns:
+        The table; None when it is switched off or nothing can be scored alone.
+    """
+    config, path = problem.config, run_dir / SENSITIVITY
+    if path.exists():
+        return SensitivityTable.from_json(read_json(path))
+    if not (config.search.seeds and config.search.sensitivity):
+        return None
+    chosen = levels(space)[: max_evaluations(config, problem) - 1]
+    if not chosen:
+        return None
+    table = _measure(problem, space, baseline_accuracy, chosen)
+    write_json(path, table.to_json())
+    say(f"sensitivity: {len(chosen)} edits measured alone ({table.seconds:.1f} s)")
+    return table
+
+
+def max_evaluations(config: SearchConfig, problem: Problem) -> int:
+    """How many evaluations cost `SHARE` of the trials: in images that are run forward."""
+    num_train, num_val = problem.task.num_train, len(problem.task.data.val)
+    recover = config.recover
+    recalibration = min(2048, num_train) if recover.recalibrate_bn else 0
+    trial = TRAINING * recover.epochs * num_train + recalibration
+    trial += num_val * (1 + (recover.epochs > 0))
+    one = min(IMAGES, num_val)
+    one += min(RECALIBRATION_IMAGES, num_train) if recover.recalibrate_bn else 0
+    return int(SHARE * config.search.trials * trial / one)
+
+
+def levels(space: Space) -> list[Level]:
+    """What to measure, the most telling first: blocks and middle widths, criteria, the rest."""
+    criterion = reference_criterion(space)
+    blocks = _block_levels(space, criterion)
+    if criterion is None:
+        return blocks
+    rounds: list[list[Level]] = [[] for _ in LEVELS]
+    for rule in space.config.select:
+        for index, level in enumerate(LEVELS):
+            rounds[index] += _rule_levels(space, criterion, rule, level)
+    ordered = [one for pair in zip_longest(rounds[0], blocks) for one in pair if one is not None]
+    ordered += _criterion_levels(space, criterion) + rounds[1] + rounds[2]
+    return _distinct(space, ordered)
+
+
+def reference_criterion(space: Space) -> str | None:
+    """The first criterion that is no control and trains nothing, else the first."""
+    able = [name for name in space.criteria if name != DSD]
+    return next((name for name in able if name != "random"), able[0] if able else None)
+
+
+def _block_levels(space: Space, criterion: str | None) -> list[Level]:
+    if not space.max_blocks:
+        return []
+    dense = _dense(space, criterion)
+    if space.config.blocks.mode == "ranked":
+        counts = range(1, space.max_blocks + 1)
+        return [Level(NUM_BLOCKS, n, space.block_params(n) | dense) for n in counts]
+    names = map(block_name, space.block_order)
+    return [Level(name, 1.0, space.block_params(0) | {name: True} | dense) for name in names]
+
+
+def _rule_levels(space: Space, criterion: str, rule: str, level: float) -> list[Level]:
+    base = space.block_params(0) | {CRITERION: criterion, SELECT: rule}
+    if rule == "ratio":
+        names = space.keep_names()
+        value = _between(space.config.keep.low, space.config.keep.high, level)
+        dense = dict.fromkeys(names, 1.0)
+        return [Level(name, value, base | dense | {name: value}) for name in names]
+    if rule not in FRACTION_OF:
+        return [Level(f"{SELECT}:{rule}", 1.0, base)] if level == LEVELS[0] else []
+    name = FRACTION_OF[rule]
+    bounds = space.fraction_bounds(rule)
+    value = _between(bounds.low, bounds.high, level)
+    return [Level(name, value, base | {name: value})]
+
+
+def _criterion_levels(space: Space, reference: str) -> list[Level]:
+    """Every criterion where all keep fractions are alike."""
+    able = [name for name in space.criteria if name != DSD]
+    if "ratio" not in space.config.select or len(able) < 2:
+        return []
+    keep = _between(space.config.keep.low, space.config.keep.high, UNIFORM)
+    alike = dict.fromkeys(space.keep_names(), keep) | space.block_params(0) | {SELECT: "ratio"}
+    return [
+        Level(f"{CRITERION}:{name}", keep, alike | {CRITERION: name})
+        for name in sorted(able, key=lambda name: name != reference)
+    ]
+
+
+def _dense(space: Space, criterion: str | None) -> Params:
+    """Every channel kept."""
+    if criterion is None:
+        return {}
+    return {CRITERION: criterion, SELECT: "ratio"} | dict.fromkeys(space.keep_names(), 1.0)
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + share * (high - low)
+
+
+def _distinct(space: Space, found: Sequence[Level]) -> list[Level]:
+    """Without levels that remove nothing, or the same as an earlier one."""
+    known = {Candidate()}
+    kept = []
+    for level in found:
+        candidate = space.candidate(level.params)
+        if candidate not in known:
+            known.add(candidate)
+            kept.append(level)
+    return kept
+
+
+def _measure(
+    problem: Problem, space: Space, baseline_accuracy: float, chosen: Sequence[Level]
+) -> SensitivityTable:
+    start = time.perf_counter()
+    config = problem.config
+    context = TrialContext(
+        config, problem.task, problem.model, problem.plan, baseline_accuracy, None
+    )
+    costs = LayerCosts(problem.model, problem.plan, problem.task.example_input())
+    dense = _entry(Level("", 0.0, {}), Candidate(), context, costs)
+    measured = [_entry(one, space.candidate(one.params), context, costs) for one in chosen]
+    reference = reference_criterion(space)
+    return SensitivityTable(
+        accuracy=dense.accuracy,
+        loss=dense.loss,
+        macs=dense.macs,
+        num_params=dense.num_params,
+        criterion=reference,
+        entries=tuple(e for e in measured if not e.dimension.startswith(f"{CRITERION}:")),
+        factors=_factors(dense, measured, reference),
+        blocks=space.block_order if space.max_blocks else (),
+        max_blocks=space.max_blocks,
+        lost=_lost(space),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _entry(level: Level, candidate: Candidate, context: TrialContext, costs: LayerCosts) -> Entry:
+    config = context.config
+    recipe, _ = make_recipe(candidate, context, config.search.seed)
+    effect = measure_edit(
+        context.dense,
+        context.plan,
+        recipe,
+        context.task,
+        seed=config.search.seed,
+        recalibrate_bn=config.recover.recalibrate_bn,
+        recalibration_images=RECALIBRATION_IMAGES,
+        num_images=IMAGES,
+    )
+    keep = {
+        name: len(kept) / context.plan[name].num_channels for name, kept in recipe.kept.items()
+    }
+    return Entry(
+        level.dimension,
+        level.value,
+        effect.accuracy,
+        effect.loss,
+        costs.macs(keep, recipe.dropped_blocks),
+        costs.num_params(keep, recipe.dropped_blocks),
+    )
+
+
+def _factors(dense: Entry, measured: Sequence[Entry], reference: str | None) -> dict[str, float]:
+    start = len(f"{CRITERION}:")
+    losses = {
+        e.dimension[start:]: e.loss - dense.loss
+        for e in measured
+        if e.dimension.startswith(f"{CRITERION}:")
+    }
+    base = losses.get(str(reference), 0.0)
+    if base <= 0:
+        return {}
+    return {name: min(max(loss / base, 0.1), 10.0) for name, loss in losses.items()}
+
+
+def _lost(space: Space) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for group in space.plan.groups if space.criteria else ():
+        groups.setdefault(space.keep_name(group), []).append(group.layers)
+    found: dict[str, dict[str, float]] = {}
+    for name, layers in groups.items():
+        for block in space.block_order:
+            gone = sum(all(inside(layer, (block,)) for layer in group) for group in layers)
+            if gone:
+                found.setdefault(name, {})[block] = gone / len(layers)
+    return found
+
+
+def _log_odds(accuracy: float) -> float:
+    clipped = min(max(accuracy, FLOOR), 1 - FLOOR)
+    return math.log(clipped / (1 - clipped))
+
+
+def _accuracy(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-max(-50.0, min(50.0, log_odds))))
