@@ -18,6 +18,7 @@ from .cli_common import (
     out,
     print_wide,
 )
+from .yaml_source import ConfigError
 
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks that print one table each.")
 
@@ -65,3 +66,48 @@ def bench_controls_command(
     from .progress import Progress
 
     out.print(bench_controls(search, out_dir, Progress(err)), markup=False, highlight=False)
+
+
+@bench.command("engine")
+def bench_engine_command(
+    trials: Annotated[
+        str, typer.Option(help="Numbers of no-op trials, ascending: one run, looked at there.")
+    ] = "100,1000,5000",
+    default_trials: Annotated[
+        str, typer.Option(help="The same with the default sampler; an empty text for none.")
+    ] = "100,1000",
+    pair_s: Annotated[
+        float, typer.Option(min=0, help="Seconds with one worker, and with two; 0 for none.")
+    ] = 20.0,
+    cluster: Annotated[bool, typer.Option(help="Also simulate a cluster.")] = False,
+    slots: Annotated[int, typer.Option(min=1, help="Slots of the simulated cluster.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the overhead of a trial and its growth, two workers, and a cluster's busy share."""
+    sizes, default_sizes = _sizes("--trials", trials), _sizes("--default-trials", default_trials)
+    from .bench.engine import bench_engine, engine_tables
+
+    result = bench_engine(
+        sizes=sizes,
+        default_sizes=default_sizes,
+        pair_s=pair_s,
+        slots=slots if cluster else None,
+        say=lambda message: err.print(message, highlight=False),
+    )
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        for table in engine_tables(result):
+            print_wide(table)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    words = [word for word in text.split(",") if word]
+    if all(word.strip().isdigit() for word in words):
+        sizes = [int(word) for word in words]
+        if sizes == sorted(set(sizes)) and all(10 <= size < 100_000 for size in sizes):
+            return sizes
+    raise ConfigError(
+        f"`{option}` (={text}) must be ascending numbers of trials from 10 to 99999. Write "
+        "100,1000,5000."
+    )

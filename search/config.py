@@ -483,6 +483,25 @@ class SamplerConfig(_Section):
     time_limit_s: float | None = Field(
         default=None, gt=0, description="seconds until no trial starts"
     )
+    plateau_trials: int | None = Field(
+        default=None,
+        ge=1,
+        description="no trial starts once the front stood still for so many trials",
+    )
+    plateau_gain: float = Field(
+        default=0.001,
+        ge=0,
+        description="the growth of the front's hypervolume, a fraction, that counts as none",
+    )
+    plateau_after: int = Field(
+        default=0, ge=0, description="trials before those in which the front may stand still"
+    )
+    ask_timeout_s: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="seconds until a random candidate steps in for a slow sampler, where more "
+        "than one trial runs at a time; null waits",
+    )
 
 
 class ResourcesConfig(_Section):

@@ -6,16 +6,18 @@ coordinator that is made anew from the ledger proposes exactly the trials that a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from .asking import AskAhead
 from .config import SearchConfig
 from .context import TrialSpec
-from .front import front_of
+from .front import Front, reference_point
+from .plateau import Plateau
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
@@ -25,6 +27,7 @@ from .store import Store
 from .trial import with_provenance
 
 COMPACT_EVERY = 256
+POLL_S = 0.05  # the driver waits for the sampler no longer while trials run
 
 Listener = Callable[[TrialResult], None]
 
@@ -53,30 +56,53 @@ class Coordinator:
         self.baseline = baseline
         if seeds is None:
             seeds = default_seeds(space, config)
-        self._sampler = Sampler(space, config, seeds)
+        sampler = Sampler(space, config, seeds)
         self.results: dict[str, TrialResult] = {}
+        self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}
         self._running: dict[str, Proposal] = {}
         self._waiting: dict[str, list[Proposal]] = {}
-        self._restore(self.store.read())
-        self._missing = [n for n in range(config.search.trials) if trial_id(n) not in self.results]
-        self._missing.reverse()
-        self._asking: Future[Proposal] | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+        reference = reference_point(dataclasses.asdict(baseline), config.objectives)
+        self._front = Front(config.objectives, reference)
+        self._plateau = Plateau(config.search)
+        self._restore(self.store.read(), sampler)
+        missing = [n for n in range(config.search.trials) if trial_id(n) not in self.results]
+        self._asking = AskAhead(sampler, space, config, missing)
         self._deadline = _deadline(config)
-        self.front: list[TrialResult] = []
-        self._update_front()
+        self._clean_up()
+
+    @property
+    def front(self) -> list[TrialResult]:
+        """The non-dominated completed trials, the best in the second objective first."""
+        return self._front.members
+
+    @property
+    def hypervolume(self) -> float:
+        """Hypervolume of the front, against the run's fixed reference point."""
+        return self._front.hypervolume
 
     @property
     def remaining(self) -> int:
         """Trials that were not yet proposed."""
-        return len(self._missing) + (self._asking is not None)
+        return self._asking.remaining
 
     @property
     def done(self) -> bool:
-        """True when nothing more will be proposed: the budget of trials or of time is spent."""
-        over = self._deadline is not None and time.monotonic() > self._deadline
-        return over or not self.remaining
+        """True when nothing more will be proposed."""
+        return self.stopped is not None or not self.remaining
+
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing more is proposed although trials remain; None while it is."""
+        if not self.remaining:
+            return None
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "the time is over (search.time_limit_s)"
+        return self._plateau.reached
+
+    def expect(self, slots: int) -> None:
+        """Says how many trials will run at a time, so that as many proposals lie ready."""
+        self._asking.expect(slots)
 
     def next(self) -> TrialSpec | None:
         """The next trial to run; None when the sampler is still thinking or all are proposed.
@@ -85,9 +111,11 @@ class Coordinator:
         at once or when the first one ends.
         """
         while not self.done:
-            proposal = self._ask()
+            proposal = self._asking.next(POLL_S if self._running else 1.0)
             if proposal is None:
-                return None
+                if self._running:
+                    return None
+                continue  # nothing else is to be done, and Tune would sleep for a second
             key = proposal.candidate.key
             first = self._by_candidate.setdefault(key, trial_id(proposal.number))
             if first == trial_id(proposal.number):
@@ -110,8 +138,8 @@ class Coordinator:
         self._record(proposal, result)
         for waiting in self._waiting.pop(result.trial_id, []):
             self._record(waiting, _duplicate(waiting, result))
-        if self._asking is None and not self.done:
-            self._start_asking()  # ahead, so that the freed worker does not wait for the sampler
+        if not self.done:
+            self._asking.prepare()  # at once, so that the freed worker does not wait for it
 
     def fail(self, trial: str, message: str) -> None:
         """Records a trial whose worker could not say itself how it ended."""
@@ -132,7 +160,7 @@ class Coordinator:
 
     def close(self) -> None:
         """Ends the sampler's thread and leaves the ledger compact, with the front marked."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._asking.close()
         on_front = {member.trial_id for member in self.front}
         for result in self.results.values():
             result.on_front = result.trial_id in on_front
@@ -140,38 +168,19 @@ class Coordinator:
         self._sweep()
         self.store.write_front(self.front)
 
-    # --- asking -----------------------------------------------------------------------------
-
-    def _ask(self) -> Proposal | None:
-        """Asks in a thread of its own, so that a slow sampler never blocks the driver."""
-        if self._asking is None:
-            self._start_asking()
-        assert self._asking is not None
-        try:
-            proposal = self._asking.result(timeout=0.2)
-        except TimeoutError:
-            return None
-        self._asking = None
-        return proposal
-
-    def _start_asking(self) -> None:
-        self._asking = self._pool.submit(self._sampler.ask, self._missing.pop())
-
     # --- recording --------------------------------------------------------------------------
 
     def _record(self, proposal: Proposal, result: TrialResult) -> None:
-        self.results[result.trial_id] = result
         before = {member.trial_id for member in self.front}
-        front = front_of(list(self.results.values()), self.config.objectives)
-        result.on_front = any(member.trial_id == result.trial_id for member in front)
+        changed = self._keep(result)
+        result.on_front = changed
         self.store.write_trial(result)
-        self._sampler.tell(proposal.number, result)
-        self.front = front
-        if {member.trial_id for member in front} != before:
-            self.store.write_front(front)
+        self._asking.tell(proposal, result)
+        if changed:
+            self.store.write_front(self.front)
         self._drop_artifacts(before | {result.trial_id})
         if len(self.results) % COMPACT_EVERY == 0:
-            self.store.compact()
+            self.store.compact(new_only=True)
         self._listener(result)
 
     def _drop_artifacts(self, candidates: set[str]) -> None:
@@ -193,18 +202,26 @@ class Coordinator:
                 if path.relative_to(self._run_dir).as_posix() not in kept:
                     path.unlink(missing_ok=True)
 
-    def _update_front(self) -> None:
-        self.front = front_of(list(self.results.values()), self.config.objectives)
+    def _keep(self, result: TrialResult) -> bool:
+        """Adds a result to what is known; True if the front is another one now."""
+        self.results[result.trial_id] = result
+        self.counts[result.status] += 1
+        changed = self._front.add(result)
+        self._plateau.add(self._front.hypervolume)
+        return changed
+
+    def _clean_up(self) -> None:
         self._drop_artifacts(set(self.results))
         self._sweep()
         if self.results:
             self.store.write_front(self.front)
 
-    def _restore(self, results: Sequence[TrialResult]) -> None:
+    def _restore(self, results: Sequence[TrialResult], sampler: Sampler) -> None:
+        for result in sorted(results, key=lambda r: (r.finished_at or 0.0, r.trial_id)):
+            self._keep(result)
         for result in sorted(results, key=lambda r: r.trial_id):
             proposal = _proposal(result)
-            self.results[result.trial_id] = result
-            self._sampler.restore(proposal, result)
+            sampler.restore(proposal, result)
             if result.status != TrialStatus.DUPLICATE:
                 self._by_candidate.setdefault(proposal.candidate.key, result.trial_id)
 

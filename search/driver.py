@@ -94,6 +94,7 @@ def run_trials(
         tick: Called often with the number of running trials.
         resources: What a trial takes, and how often it is tried again.
     """
+    coordinator.expect(slots)
     scratch = tempfile.mkdtemp(prefix="prune-search-")
     try:
         tune.Tuner(
@@ -154,17 +155,23 @@ class _Recorder(tune.Callback):
     def __init__(self, coordinator: Coordinator, tick: Callable[[int], None]) -> None:
         self._coordinator = coordinator
         self._tick = tick
+        self._started: set[Any] = set()  # Tune keeps every trial: a look at each would grow
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._started.add(trial)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._started.discard(trial)
         row = json.loads(trial.last_result["row"])
         row["status"] = TrialStatus(row["status"])
         self._coordinator.finish(TrialResult(**row))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._started.discard(trial)
         self._coordinator.fail(trial.config["trial_id"], _death_message(trial))
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        self._tick(sum(trial.status == "RUNNING" for trial in trials))
+        self._tick(sum(trial.status == "RUNNING" for trial in self._started))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

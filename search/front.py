@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -73,6 +74,59 @@ def front_of(results: Sequence[TrialResult], objectives: Mapping[str, str]) -> l
     key = _costs(points, maximize)[:, min(1, len(objectives) - 1)]
     order = sorted(np.flatnonzero(mask), key=lambda index: (key[index], index))
     return [candidates[index] for index in order]
+
+
+class Front:
+    """The front of trials that arrive one by one; a trial costs one pass over its members.
+
+    It is what `front_of` says of the same trials in the order of their names, whatever order they
+    came in.
+    """
+
+    def __init__(self, objectives: Mapping[str, str], reference: Sequence[float]) -> None:
+        """An empty front.
+
+        Args:
+            objectives: Metric -> `maximize` or `minimize`.
+            reference: The `reference_point` of the hypervolume.
+        """
+        self._objectives = objectives
+        self._maximize = _maximize(objectives)
+        self._reference = _costs([reference], self._maximize)[0]
+        self._key = min(1, len(objectives) - 1)
+        self._members: list[tuple[tuple[float, ...], TrialResult]] = []
+        self.hypervolume = 0.0
+
+    @property
+    def members(self) -> list[TrialResult]:
+        """The members, the best in the second objective first."""
+        return [result for _, result in self._members]
+
+    def add(self, result: TrialResult) -> bool:
+        """Takes a trial in any state; True if the front is another one now."""
+        if not _measured([result], self._objectives):
+            return False
+        cost = tuple(_costs(points_of([result], self._objectives), self._maximize)[0].tolist())
+        name = result.trial_id
+        if any(_covers(c, cost) and (c != cost or r.trial_id < name) for c, r in self._members):
+            return False
+        self.hypervolume += self._gain(cost)
+        self._members = [(c, r) for c, r in self._members if not _covers(cost, c)]
+        bisect.insort(self._members, (cost, result), key=self._order)
+        return True
+
+    def _gain(self, cost: tuple[float, ...]) -> float:
+        """Volume that only `cost` dominates: its own box less what the members have of it."""
+        point = np.asarray(cost)
+        if not (point < self._reference).all():
+            return 0.0
+        others = [np.maximum(c, point) for c, _ in self._members]
+        inside = [other for other in others if (other < self._reference).all()]
+        shared = np.asarray(inside).reshape(-1, len(point))
+        return float((self._reference - point).prod()) - _volume(shared, self._reference)
+
+    def _order(self, member: tuple[tuple[float, ...], TrialResult]) -> tuple[float, str]:
+        return member[0][self._key], member[1].trial_id
 
 
 def points_of(results: Sequence[TrialResult], objectives: Mapping[str, str]) -> Array:
@@ -213,6 +267,11 @@ def _volume(costs: Array, reference: Array) -> float:
         float((reference - cost).prod()) - _volume(np.maximum(costs[index + 1 :], cost), reference)
         for index, cost in enumerate(costs)
     )
+
+
+def _covers(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether no cost of `one` is above that of `other`."""
+    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _costs(points: npt.ArrayLike, maximize: Sequence[bool]) -> Array:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .front import front_hypervolume
 from .records import TrialResult, TrialStatus
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator
 
 LINE_EVERY_S = 5.0
+REFRESH_EVERY_S = 0.1
 
 
 class Progress:
@@ -30,8 +28,9 @@ class Progress:
         self._coordinator: Coordinator | None = None
         self._live: Live | None = None
         self._running = 0
-        self._started = self._last_line = time.monotonic()
+        self._started = self._last_line = self._last_refresh = time.monotonic()
         self._before = 0
+        self._stop_told = False
 
     @classmethod
     def silent(cls) -> Progress:
@@ -49,24 +48,27 @@ class Progress:
         self._coordinator = coordinator
         self._started = self._last_line = time.monotonic()
         self._before = len(coordinator.results)
+        self._tell_stop()
         if self._console is None or not self._console.is_terminal:
             yield
             return
         with Live(console=self._console, auto_refresh=False, transient=True) as self._live:
             self._refresh()
             yield
+            self._refresh()
         self._live = None
 
     def running(self, count: int) -> None:
         """Reports how many trials run now; called often."""
         if count != self._running:
             self._running = count
-            self._refresh()
+            self._refresh_soon()
 
     def finished(self, result: TrialResult) -> None:
         """Reports one finished trial."""
+        self._tell_stop()
         if self._live is not None:
-            self._refresh()
+            self._refresh_soon()
             return
         if result.status == TrialStatus.FAILED:
             self.say(f"{result.trial_id} failed: {result.message}")
@@ -76,9 +78,21 @@ class Progress:
             self._last_line = now
             self.say(" | ".join(f"{k} {v}" for k, v in self._facts().items()))
 
+    def _tell_stop(self) -> None:
+        reason = self._coordinator.stopped if self._coordinator is not None else None
+        if reason is not None and not self._stop_told:
+            self._stop_told = True
+            self.say(f"no more trials start: {reason}")
+
+    def _refresh_soon(self) -> None:
+        """Draws at most so often that the drawing costs little, however quick the trials are."""
+        if time.monotonic() - self._last_refresh >= REFRESH_EVERY_S:
+            self._refresh()
+
     def _refresh(self) -> None:
         if self._live is None:
             return
+        self._last_refresh = time.monotonic()
         table = Table.grid(padding=(0, 2))
         for name, value in self._facts().items():
             table.add_row(f"[dim]{name}", value)
@@ -86,17 +100,17 @@ class Progress:
 
     def _facts(self) -> dict[str, str]:
         assert self._coordinator is not None
-        results = list(self._coordinator.results.values())
-        config = self._coordinator.config
-        count = collections.Counter(result.status for result in results)
+        coordinator = self._coordinator
+        done, total = len(coordinator.results), coordinator.config.search.trials
+        count = coordinator.counts
         others = [f"{count[s]} {s}" for s in TrialStatus if count[s] and s != "completed"]
         state = [f"{self._running} running", *others]
-        volume = front_hypervolume(results, asdict(self._coordinator.baseline), config.objectives)
+        volume = coordinator.hypervolume
         return {
-            "trials": f"{len(results)}/{config.search.trials} ({', '.join(state)})",
-            "front": f"{len(self._coordinator.front)} members, hypervolume {volume:.4f}",
+            "trials": f"{done}/{total} ({', '.join(state)})",
+            "front": f"{len(coordinator.front)} members, hypervolume {volume:.4f}",
             "best": self._best(),
-            "time left": self._time_left(len(results), config.search.trials),
+            "time left": self._time_left(done, total),
         }
 
     def _best(self) -> str:
@@ -108,6 +122,9 @@ class Progress:
         return f"{fast:.2f}x fastest{near}" if front else "none yet"
 
     def _time_left(self, done: int, total: int) -> str:
+        assert self._coordinator is not None
+        if self._coordinator.stopped:
+            return "the running trials'"
         new = done - self._before
         if new < 2:
             return "unknown yet"

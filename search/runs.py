@@ -186,7 +186,8 @@ def resume(
                 "finished. Name a larger total."
             )
         data = config.model_dump(mode="json")
-        config = parse_config(data | {"search": data["search"] | {"trials": trials}})
+        changed = {"trials": trials, "plateau_after": len(one.results())}
+        config = parse_config(data | {"search": data["search"] | changed})
     return _execute(config, one.folder, address, progress, new=False)
 
 

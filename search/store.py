@@ -116,7 +116,9 @@ class Store:
         frame: pd.DataFrame = table.to_pandas(types_mapper=counts.get, maps_as_pydicts="strict")
         return frame
 
-    def compact(self, on_front: Collection[str] | None = None) -> Path | None:
+    def compact(
+        self, on_front: Collection[str] | None = None, *, new_only: bool = False
+    ) -> Path | None:
         """Join all parts into one file; None if there is none.
 
         A crash at any point loses nothing: the parts go after the new file is on disk, and
@@ -124,8 +126,9 @@ class Store:
 
         Args:
             on_front: Trials of the front, to set the column; by default it stays as it is.
+            new_only: Leave earlier compactions alone, so that the cost does not grow.
         """
-        parts = self._load()
+        parts = self._load(new_only)
         rows = _merge(parts)
         if not rows:
             return None
@@ -145,15 +148,16 @@ class Store:
         atomic_write_bytes(path, _encode(rows))
         return path
 
-    def _load(self) -> dict[Path, list[TrialResult]]:
+    def _load(self, new_only: bool = False) -> dict[Path, list[TrialResult]]:
         """Rows by file, in the order of writing; again if a compaction removes one meanwhile."""
         for _ in range(_ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):
-                return self._load_once()
-        return self._load_once()
+                return self._load_once(new_only)
+        return self._load_once(new_only)
 
-    def _load_once(self) -> dict[Path, list[TrialResult]]:
+    def _load_once(self, new_only: bool) -> dict[Path, list[TrialResult]]:
         paths = [path for path in self.trials_dir.glob("*.parquet") if path.name[0] not in "_."]
+        paths = [path for path in paths if not (new_only and _number(path))]
         parts = {}
         for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, _number(path))):
             try:

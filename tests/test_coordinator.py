@@ -1,6 +1,8 @@
 """The coordinator: every trial once, every end a row, and the ledger is the truth."""
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ from helpers import ranked
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
+from prunesearch.search.asking import SUBSTITUTE, AskAhead
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, trial_id
 from prunesearch.search.records import TrialResult, TrialStatus
+from prunesearch.search.sampler import Proposal, Sampler
 from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.store import Store, read_results
@@ -168,6 +172,91 @@ def test_the_time_limit_ends_the_proposals_but_not_the_running_trials(bench):
     assert [row.trial_id for row in Store(bench.folder).read()] == [spec.trial_id]
 
 
+# --- asking ahead ----------------------------------------------------------------------------
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_with_several_slots_proposals_lie_ready(bench):
+    coordinator = bench.open(config(12, seeds=False))
+    coordinator.expect(16)
+    specs = [ask(coordinator)]
+    wait_until(lambda: len(coordinator._asking._ready) == 2)
+    assert coordinator.remaining == 11
+    specs += [ask(coordinator) for _ in range(11)]
+    assert [spec.trial_id for spec in specs] == [trial_id(n) for n in range(12)]
+    for spec in specs:
+        coordinator.finish(ended(spec))
+    coordinator.close()
+
+
+class SlowSampler(Sampler):
+    """Thinks about each question until it is allowed to answer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.go = threading.Semaphore(0)
+
+    def ask(self, number: int) -> Proposal:
+        assert self.go.acquire(timeout=20)
+        return super().ask(number)
+
+
+def slow(bench: Bench, settings: SearchConfig, slots: int) -> tuple[AskAhead, SlowSampler]:
+    space = Space(settings.space, bench.plan, ranked(BLOCKS))
+    sampler = SlowSampler(space, settings, [])
+    asking = AskAhead(sampler, space, settings, range(settings.search.trials))
+    asking.expect(slots)
+    return asking, sampler
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_a_random_candidate_steps_in_for_a_slow_sampler(bench, name):
+    settings = config(4, sampler=name, ask_timeout_s=0.1)
+    asking, sampler = slow(bench, settings, slots=2)
+    assert asking.next(0.01) is None  # not yet
+    found: list[Proposal | None] = []
+    wait_until(lambda: (found.append(asking.next(0.05)) or found[-1]) is not None)
+    (substitute,) = [proposal for proposal in found if proposal is not None]
+    assert (substitute.number, substitute.origin) == (1, SUBSTITUTE) and asking.remaining == 3
+    row = TrialResult("t00001", TrialStatus.COMPLETED, accuracy=0.5, latency_ms=1.0)
+    asking.tell(substitute, row)
+    for _ in range(3):
+        sampler.go.release()
+    others = []
+    wait_until(lambda: (others.append(asking.next(1.0)) or asking.remaining) == 0)
+    assert [p.number for p in others if p] == [0, 2, 3]
+    assert {p.origin for p in others if p} == {name}
+    asking.close()
+    assert [t.values for t in sampler._study.get_trials() if t.values] == [[0.5, 1.0]]
+
+
+def test_one_slot_waits_for_its_sampler(bench):
+    """A seed gives one search, so nothing that depends on the clock may step in."""
+    asking, sampler = slow(bench, config(2, ask_timeout_s=0.01), slots=1)
+    assert [asking.next(0.02) for _ in range(5)] == [None] * 5
+    sampler.go.release()
+    assert asking.next(20).number == 0
+    assert asking.remaining == 1 and not asking._busy  # nothing is asked ahead
+    asking.close()
+
+
+def test_an_error_of_the_sampler_is_raised(bench):
+    settings = config(3)
+    space = Space(settings.space, bench.plan, ranked(BLOCKS))
+    sampler = Sampler(space, settings, [])
+    sampler.ask = lambda number: 1 / 0  # type: ignore[method-assign]
+    asking = AskAhead(sampler, space, settings, range(3))
+    with pytest.raises(ZeroDivisionError):
+        asking.next(20)
+    asking.close()
+
+
 # --- restarting ------------------------------------------------------------------------------
 
 
@@ -184,7 +273,7 @@ def test_a_restart_proposes_exactly_what_is_missing(bench, plan, tmp_path, sampl
     assert second.remaining == 6 and len(second.results) == 4
     after = drain(second)
     second.close()
-    first._pool.shutdown()
+    first._asking.close()
     assert before + after == whole and after[0] == lost
     assert len(Store(bench.folder).read()) == 10
 
@@ -253,6 +342,75 @@ def test_the_front_in_the_ledger_is_right_without_a_close(bench):
     coordinator = bench.open(config(3, seeds=False))
     for accuracy in (0.5, 0.7, 0.9):
         coordinator.finish(ended(ask(coordinator), accuracy))
-    coordinator._pool.shutdown()
+    coordinator._asking.close()
     assert [r.trial_id for r in read_results(bench.folder / "front.parquet")] == [trial_id(2)]
     assert [row.on_front for row in bench.open(config(3)).results.values()] == [False, False, True]
+
+
+def test_of_equal_points_the_first_trial_is_on_the_front_whichever_ends_first(bench):
+    """A reader of the ledger sees the trials in the order of their names."""
+    coordinator = bench.open(config(2, seeds=False))
+    specs = [ask(coordinator), ask(coordinator)]
+    for spec in reversed(specs):
+        coordinator.finish(ended(spec))
+    coordinator.close()
+    assert [r.trial_id for r in coordinator.front] == [trial_id(0)]
+    assert [row.on_front for row in Store(bench.folder).read()] == [True, False]
+
+
+def test_many_trials_are_compacted_a_few_at_a_time(bench, monkeypatch):
+    monkeypatch.setattr("prunesearch.search.coordinator.COMPACT_EVERY", 4)
+    coordinator = bench.open(config(10, seeds=False))
+    drain(coordinator)
+    names = sorted(path.name for path in (bench.folder / "trials").glob("compact-*"))
+    assert names == ["compact-1.parquet", "compact-2.parquet"]
+    coordinator.close()
+    assert [path.name for path in (bench.folder / "trials").iterdir()] == ["compact-3.parquet"]
+    assert len(Store(bench.folder).read()) == 10
+
+
+# --- the plateau -----------------------------------------------------------------------------
+
+
+def grow(coordinator: Coordinator, accuracies: list[float]) -> int:
+    """Runs trials of these accuracies until the coordinator proposes no more."""
+    for count, accuracy in enumerate(accuracies):
+        if (spec := ask(coordinator)) is None:
+            return count
+        coordinator.finish(ended(spec, accuracy))
+    return len(accuracies)
+
+
+def test_a_front_that_stands_still_ends_the_search(bench):
+    settings = config(50, seeds=False, plateau_trials=3, plateau_gain=0.01)
+    coordinator = bench.open(settings)
+    # a gain of 2 % in all within three trials, then none
+    assert grow(coordinator, [0.5, 0.502, 0.505, 0.51] + [0.1] * 20) == 6
+    assert coordinator.done and coordinator.remaining == 44
+    assert "no more than 1.00% over 3 trials" in coordinator.stopped
+    coordinator.close()
+    again = bench.open(settings)  # a resumed run does nothing
+    assert again.done and again.stopped == coordinator.stopped and again.next() is None
+    again.close()
+    extended = bench.open(config(50, seeds=False, plateau_trials=3, plateau_after=6))
+    assert not extended.done
+    assert grow(extended, [0.1] * 20) == 3
+    extended.close()
+
+
+def test_a_trial_that_runs_at_the_plateau_ends_well(bench):
+    coordinator = bench.open(config(50, seeds=False, plateau_trials=1))
+    specs = [ask(coordinator) for _ in range(3)]
+    for spec, accuracy in zip(specs, (0.5, 0.5, 0.9), strict=True):
+        coordinator.finish(ended(spec, accuracy))
+    assert coordinator.done and len(coordinator.results) == 3
+    assert coordinator.front[0].accuracy == 0.9
+    coordinator.close()
+
+
+def test_without_a_front_there_is_no_plateau(bench):
+    coordinator = bench.open(config(6, seeds=False, plateau_trials=2))
+    while (spec := ask(coordinator)) is not None:
+        coordinator.fail(spec.trial_id, "it broke")
+    assert len(coordinator.results) == 6 and coordinator.stopped is None
+    coordinator.close()

@@ -9,6 +9,7 @@ import optuna  # noqa: TID251
 import pytest
 
 from prunesearch.search.front import (
+    Front,
     choose,
     front_hypervolume,
     front_of,
@@ -98,6 +99,35 @@ def test_front_holds_completed_measured_trials_fastest_first() -> None:
     assert front_of([], OBJECTIVES) == []
     by_accuracy = {"latency_ms": "minimize", "accuracy": "maximize"}
     assert [r.trial_id for r in front_of(TRIALS, by_accuracy)] == ["a", "b", "d"]
+
+
+THREE = OBJECTIVES | {"macs": "minimize"}
+
+
+@pytest.mark.parametrize("objectives", [{"latency_ms": "minimize"}, OBJECTIVES, THREE])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_growing_front_equals_the_front_of_all(objectives: dict[str, str], seed: int) -> None:
+    """On a coarse grid, so that many points are equal, and in any order of arrival."""
+    rng = np.random.default_rng(seed)
+    trials = [
+        trial(f"t{n:05d}", accuracy / 10, latency / 2, macs=float(macs) * 1e5)
+        for n, (accuracy, latency, macs) in enumerate(rng.integers(1, 10, (60, 3)))
+    ]
+    trials[3].latency_ms = None
+    trials[5].latency_ms = math.nan
+    trials[7].status = TrialStatus.INFEASIBLE
+    front = Front(objectives, reference_point(BASELINE, objectives))
+    arrived: list[TrialResult] = []
+    for index in rng.permutation(len(trials)):
+        before = front.members
+        arrived.append(trials[index])
+        changed = front.add(trials[index])
+        ordered = sorted(arrived, key=lambda r: r.trial_id)
+        assert front.members == front_of(ordered, objectives)
+        assert changed == (front.members != before)
+        expected = front_hypervolume(arrived, BASELINE, objectives)
+        assert front.hypervolume == pytest.approx(expected, abs=1e-9 * BASELINE["macs"])
+    assert front.hypervolume > 0
 
 
 def test_reference_point_and_hypervolume_of_trials() -> None:

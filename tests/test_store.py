@@ -130,6 +130,23 @@ def test_of_two_rows_the_completed_then_the_later_wins(tmp_path: Path) -> None:
     assert store.read()[0].recipe == "recipes/trial-00000.json"
 
 
+def test_compacting_new_parts_leaves_earlier_compactions_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = fill(store)
+    assert store.compact(new_only=True) == store.trials_dir / "compact-1.parquet"
+    assert store.compact(new_only=True) is None
+    earlier = (store.trials_dir / "compact-1.parquet").read_bytes()
+    changed = dataclasses.replace(rows[0], message="later")
+    store.write_trial(changed)
+    store.write_trial(result(9))
+    store.compact(new_only=True)
+    assert sorted(p.name for p in store.trials_dir.iterdir()) == [
+        "compact-1.parquet", "compact-2.parquet",
+    ]  # fmt: skip
+    assert (store.trials_dir / "compact-1.parquet").read_bytes() == earlier
+    assert store.read() == [changed, *rows[1:], result(9)]
+
+
 def test_compaction_keeps_every_row_and_marks_the_front(tmp_path: Path) -> None:
     store = Store(tmp_path)
     rows = fill(store)
