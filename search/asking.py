@@ -1,4 +1,4 @@
-"""Asks the sampler ahead of need, in a thread of its own: the only one that calls the sampler.
+"""Asks the sampler ahead of need, in a thread of its own.
 
 With one slot nothing is asked ahead: a trial is asked when all before it were told, so that a
 seed gives one search. With more, a few proposals lie ready for the next free slots; where the
@@ -7,7 +7,6 @@ sampler is too slow even so, a random candidate steps in and its row says so.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 import time
@@ -18,37 +17,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from .config import SearchConfig
 from .records import TrialResult
 from .sampler import Proposal, Sampler
-from .space import Space
 
 SLOTS_A_PROPOSAL = 8  # for so many slots one lies ready: what is asked early knows less
-SUBSTITUTE = "random: the sampler was slow"
 
 
 class AskAhead:
     """Hands out proposals and passes on how they ended."""
 
-    def __init__(
-        self, sampler: Sampler, space: Space, config: SearchConfig, numbers: Iterable[int]
-    ) -> None:
+    def __init__(self, sampler: Sampler, config: SearchConfig, numbers: Iterable[int]) -> None:
         """Asks nothing yet.
 
         Args:
-            sampler: Is asked and told; no other may call it from now on.
-            space: Where a substitute is drawn from.
+            sampler: Is asked and told.
             config: Its `search.ask_timeout_s` says when.
             numbers: The trials to propose, in this order.
         """
         self._sampler = sampler
-        self._space, self._config = space, config
+        self._config = config
         self._numbers = deque(numbers)
         self._ready: deque[Proposal] = deque()
-        self._told: deque[tuple[Proposal, TrialResult]] = deque()
         self._ahead = self._wanted = 0
         self._in_thought = 0
         self._busy = False
         self._failure: Future[None] | None = None
         self._hungry_since: float | None = None
-        self._random: Sampler | None = None
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
@@ -82,8 +74,7 @@ class AskAhead:
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
         """Reports how a proposal ended; the sampler knows before it is asked again."""
-        with self._changed:
-            self._told.append((proposal, result))
+        self._sampler.tell(proposal.number, result)
 
     def close(self) -> None:
         """Asks no more; waits for the question that is open."""
@@ -115,19 +106,13 @@ class AskAhead:
             if not self._numbers:
                 return None
             number = self._numbers.popleft()
-        if self._random is None:
-            search = self._config.search.model_copy(update={"sampler": "random"})
-            config = self._config.model_copy(update={"search": search})
-            self._random = Sampler(self._space, config, [])
-        return dataclasses.replace(self._random.ask(number), origin=SUBSTITUTE)
+        return self._sampler.ask_cheap(number)
 
     # --- in the sampler's thread --------------------------------------------------------------
 
     def _fill(self) -> None:
         try:
             while (number := self._claim()) is not None:
-                while self._told:
-                    self._pass_on(*self._told.popleft())
                 proposal = self._sampler.ask(number)
                 with self._changed:
                     self._in_thought = 0
@@ -147,9 +132,3 @@ class AskAhead:
                 return None
             self._in_thought = 1
             return self._numbers.popleft()
-
-    def _pass_on(self, proposal: Proposal, result: TrialResult) -> None:
-        if proposal.origin == SUBSTITUTE:  # the sampler did not ask it: to it, it is history
-            self._sampler.restore(proposal, result)
-        else:
-            self._sampler.tell(proposal.number, result)

@@ -295,6 +295,9 @@ class KeepConfig(_Range):
     high: float = Field(
         default=1.0, gt=0, le=1, description="the largest fraction of channels kept"
     )
+    step: float | None = Field(
+        default=None, gt=0, lt=1, description="the step between two fractions; null for any"
+    )
     round_to: int = Field(default=1, ge=1, description="kept channels are a multiple of it")
     scope: Literal["internal", "all"] = Field(
         default="all", description="whether channels on a residual path are pruned too"
@@ -469,7 +472,7 @@ class RecoverConfig(_Section):
 class SamplerConfig(_Section):
     """How the search proceeds."""
 
-    sampler: Literal["tpe", "nsga2", "gp", "random"] = Field(
+    sampler: Literal["surrogate", "tpe", "nsga2", "gp", "random"] = Field(
         default="tpe", description="what proposes candidates"
     )
     trials: int = Field(

@@ -56,7 +56,7 @@ class Coordinator:
         self.baseline = baseline
         if seeds is None:
             seeds = default_seeds(space, config)
-        sampler = Sampler(space, config, seeds)
+        sampler = Sampler(space, config, seeds, dataclasses.asdict(baseline))
         self.results: dict[str, TrialResult] = {}
         self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}
@@ -67,7 +67,7 @@ class Coordinator:
         self._plateau = Plateau(config.search)
         self._restore(self.store.read(), sampler)
         missing = [n for n in range(config.search.trials) if trial_id(n) not in self.results]
-        self._asking = AskAhead(sampler, space, config, missing)
+        self._asking = AskAhead(sampler, config, missing)
         self._deadline = _deadline(config)
         self._clean_up()
 

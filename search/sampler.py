@@ -1,29 +1,40 @@
-"""Ask and tell around one Optuna study, kept in memory and rebuilt from the ledger.
+"""Ask and tell: seeds first, then the surrogate or an Optuna sampler.
 
 What trial `n` is asked depends on the seed, on `n` and on what was told before, and on nothing
-else: the sampler's random state is set anew for each trial, so a resumed search continues as the
-undisturbed one would.
+else: random states are set anew for each trial, so a resumed search continues as the undisturbed
+one would. `ask` may run in a thread of its own: what is told meanwhile waits until the next ask.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .config import SearchConfig
+from .front import reference_point
+from .metrics import METRICS
 from .records import Candidate, TrialResult, TrialStatus, violations
 from .seeds import Seed
 from .space import Params, Space
+from .surrogate.proposer import Observation, SurrogateProposer
+from .surrogate.variation import Variation
 
 POPULATION = 20  # NSGA-II: small, since a search has tens to hundreds of trials
 GP_STARTUP = 12
+SURROGATE = "surrogate"
+SUBSTITUTE = "random: the sampler was slow"
+_FINAL = ("accuracy", "accuracy_drop", "loss")  # what a trial that stopped early does not tell
+
+Told = tuple["Proposal", TrialResult]
 
 
 @dataclass(frozen=True)
@@ -42,64 +53,199 @@ class Proposal:
 
 
 class Sampler:
-    """One Optuna study behind ask, tell and restore."""
+    """Seeds, and what proposes after them, behind ask, tell and restore.
 
-    def __init__(self, space: Space, config: SearchConfig, seeds: Sequence[Seed]) -> None:
+    Args:
+        space: The search space.
+        config: Names objectives, constraints, the sampler and its seed.
+        seeds: Tried first, in this order.
+        baseline: The dense model's metrics; they bound the hypervolume that is searched for.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        config: SearchConfig,
+        seeds: Sequence[Seed],
+        baseline: Mapping[str, float],
+    ) -> None:
+        self._space = space
+        self._name = config.search.sampler
+        self._seed = config.search.seed
+        self._seeds = list(seeds)
+        self._asked: dict[int, Proposal] = {}
+        self._running: dict[int, Proposal] = {}
+        self._told: dict[int, Told] = {}
+        self._lock = threading.Lock()
+        self._learner: _Learner = (
+            _Surrogate(space, config, baseline)
+            if self._name == SURROGATE
+            else _Optuna(space, config)
+        )
+
+    def ask(self, number: int) -> Proposal:
+        """Proposes trial `number`: a seed while there are some, then what the sampler likes."""
+        with self._lock:
+            told, self._told = self._told, {}
+            running = list(self._running.values())
+            taken = {proposal.candidate for proposal in self._asked.values()}
+        self._learner.learn(list(told.values()))
+        seed = self._seeds.pop(0) if self._seeds else None
+        params, attrs = self._learner.propose(
+            number, seed.params if seed else None, running, taken, trial_seed(self._seed, number)
+        )
+        return self._start(number, seed.origin if seed else self._name, params, attrs)
+
+    def ask_cheap(self, number: int) -> Proposal:
+        """Proposes at random, at once: for a worker that would wait for the sampler."""
+        rng = np.random.default_rng(trial_seed(self._seed, number))
+        return self._start(number, SUBSTITUTE, Variation(self._space, rng).random(), {})
+
+    def tell(self, number: int, result: TrialResult) -> None:
+        """Reports how far trial `number` came; later reports take the place of earlier ones.
+
+        A failure teaches the sampler to stay away.
+        """
+        with self._lock:
+            self._running.pop(number, None)
+            self._told[number] = self._asked[number], result
+
+    def restore(self, proposal: Proposal, result: TrialResult) -> None:
+        """Adds a trial of an earlier session; call in the order of the trials."""
+        self._seeds = [seed for seed in self._seeds if seed.params != proposal.params]
+        self._asked[proposal.number] = proposal
+        self.tell(proposal.number, result)
+
+    def _start(self, number: int, origin: str, params: Params, attrs: dict[str, Any]) -> Proposal:
+        proposal = Proposal(number, origin, params, self._space.candidate(params), attrs)
+        with self._lock:
+            self._asked[number] = self._running[number] = proposal
+        return proposal
+
+
+class _Learner(Protocol):
+    """What proposes after the seeds."""
+
+    def learn(self, told: Sequence[Told]) -> None:
+        """Takes one result a trial; it replaces an earlier one."""
+
+    def propose(
+        self,
+        number: int,
+        params: Params | None,
+        running: Sequence[Proposal],
+        taken: Collection[Candidate],
+        seed: int,
+    ) -> tuple[Params, dict[str, Any]]:
+        """Parameters of trial `number` (`params` if given) and what the ledger keeps of them."""
+
+
+class _Surrogate:
+    """Gaussian processes and expected hypervolume improvement."""
+
+    def __init__(self, space: Space, config: SearchConfig, baseline: Mapping[str, float]) -> None:
+        objectives = config.objectives
+        worst = dict(zip(objectives, reference_point(baseline, objectives), strict=True))
+        self._proposer = SurrogateProposer(space, objectives, config.constraints, worst)
+        self._observations: dict[int, Observation] = {}
+
+    def learn(self, told: Sequence[Told]) -> None:
+        for proposal, result in told:
+            self._observations.pop(proposal.number, None)
+            if result.status in (TrialStatus.FAILED, TrialStatus.DUPLICATE):
+                continue
+            measured = {name: result.metric(name) for name in METRICS}
+            if result.status == TrialStatus.EARLY_STOPPED:
+                measured |= dict.fromkeys(_FINAL)
+            self._observations[proposal.number] = Observation(
+                proposal.params,
+                proposal.candidate,
+                {name: value for name, value in measured.items() if value is not None},
+            )
+
+    def propose(
+        self,
+        number: int,
+        params: Params | None,
+        running: Sequence[Proposal],
+        taken: Collection[Candidate],
+        seed: int,
+    ) -> tuple[Params, dict[str, Any]]:
+        if params is None:
+            known = [self._observations[n] for n in sorted(self._observations)]
+            open_ = [(proposal.params, proposal.candidate) for proposal in running]
+            params = self._proposer.propose(known, open_, taken, seed)
+        return params, {}
+
+
+class _Optuna:
+    """One study in memory, made anew when a trial is told again."""
+
+    def __init__(self, space: Space, config: SearchConfig) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._objectives = config.objectives
         self._constraints = config.constraints
         self._name = config.search.sampler
-        self._seed = config.search.seed
-        self._seeds = list(seeds)
         self._open: dict[int, optuna.trial.Trial] = {}
-        self._study = optuna.create_study(
-            directions=list(config.objectives.values()),
-            sampler=RandomSampler(seed=self._seed),
+        self._told: dict[int, Told] = {}
+        self.study = self._new_study()
+
+    def learn(self, told: Sequence[Told]) -> None:
+        again = any(proposal.number in self._told for proposal, _ in told)
+        self._told |= {proposal.number: (proposal, result) for proposal, result in told}
+        if again:  # a finished trial of a study cannot be changed
+            self._open.clear()
+            self.study = self._new_study()
+            told = [self._told[number] for number in sorted(self._told)]
+        for proposal, result in told:
+            self._add(proposal, result)
+
+    def propose(
+        self,
+        number: int,
+        params: Params | None,
+        running: Sequence[Proposal],
+        taken: Collection[Candidate],
+        seed: int,
+    ) -> tuple[Params, dict[str, Any]]:
+        if params is not None:
+            self.study.enqueue_trial(params)
+        self.study.sampler = make_sampler(self._name, seed)
+        trial = self._open[number] = self.study.ask()
+        params = self._space.suggest(trial)
+        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        return params, {k: v for k, v in frozen.system_attrs.items() if k.endswith(":generation")}
+
+    def _new_study(self) -> Study:
+        study = optuna.create_study(
+            directions=list(self._objectives.values()), sampler=RandomSampler()
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.set_metric_names(list(config.objectives))
+            study.set_metric_names(list(self._objectives))
+        return study
 
-    def ask(self, number: int) -> Proposal:
-        """Proposes trial `number`: a seed while there are some, then what the sampler likes."""
-        origin: str = self._name
-        if self._seeds:
-            seed = self._seeds.pop(0)
-            origin = seed.origin
-            self._study.enqueue_trial(seed.params)
-        self._study.sampler = make_sampler(self._name, trial_seed(self._seed, number))
-        trial = self._study.ask()
-        params = self._space.suggest(trial)
-        self._open[number] = trial
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        attrs = {k: v for k, v in frozen.system_attrs.items() if k.endswith(":generation")}
-        return Proposal(number, origin, params, self._space.candidate(params), attrs)
-
-    def tell(self, number: int, result: TrialResult) -> None:
-        """Reports how trial `number` ended; a failure teaches the sampler to stay away."""
-        trial = self._open.pop(number)
+    def _add(self, proposal: Proposal, result: TrialResult) -> None:
         values = self._values(result)
-        if values is None:
-            self._study.tell(trial, state=TrialState.FAIL)
+        broken = {} if values is None else violations(self._constraints, result)
+        if proposal.number in self._open:
+            trial = self._open.pop(proposal.number)
+            for key, value in broken.items():
+                trial.set_constraint(key, value)
+            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+            self.study.tell(trial, values, state=state)
             return
-        for key, value in violations(self._constraints, result).items():
-            trial.set_constraint(key, value)
-        self._study.tell(trial, values)
-
-    def restore(self, proposal: Proposal, result: TrialResult) -> None:
-        """Adds a finished trial of an earlier session; call in the order of the trials."""
-        self._seeds = [seed for seed in self._seeds if seed.params != proposal.params]
-        values = self._values(result)
-        trial = optuna.trial.create_trial(
-            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
-            values=values,
-            params=proposal.params,
-            distributions=self._space.distributions(proposal.params),
-            constraints=None if values is None else violations(self._constraints, result),
-            system_attrs=proposal.sampler_attrs,
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+                values=values,
+                params=proposal.params,
+                distributions=self._space.distributions(proposal.params),
+                constraints=None if values is None else broken,
+                system_attrs=proposal.sampler_attrs,
+            )
         )
-        self._study.add_trial(trial)
 
     def _values(self, result: TrialResult) -> list[float] | None:
         if result.status == TrialStatus.FAILED:

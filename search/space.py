@@ -8,7 +8,7 @@ them when no channel may be removed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..methods.select import num_kept
 from ..methods.surgery import ChannelGroup, PruningPlan
 from .config import (
     BlocksConfig,
+    ConfigError,
     DsdLambdaConfig,
     KeepConfig,
     MacsConfig,
@@ -90,10 +91,33 @@ class Space:
 
     def suggest(self, trial: Trial) -> Params:
         """Asks `trial` for every parameter that applies and returns them."""
+        return self.fill({}, lambda name, distribution: _suggest(trial, name, distribution))
+
+    def fill(
+        self, given: Mapping[str, Any], draw: Callable[[str, BaseDistribution], Any]
+    ) -> Params:
+        """Every parameter that applies: as given where it is admitted, drawn where not."""
         params: Params = {}
         for name, distribution in self._walk(params):
-            params[name] = _suggest(trial, name, distribution)
+            held = name in given and _holds(distribution, given[name])
+            params[name] = given[name] if held else draw(name, distribution)
         return params
+
+    def every(self) -> Iterator[Params]:
+        """Parameters of every point of a space whose dimensions are all discrete.
+
+        Raises:
+            ConfigError: If a dimension is continuous.
+        """
+        yield from self._complete({})
+
+    def _complete(self, params: Params) -> Iterator[Params]:
+        for name, distribution in self._walk(params):
+            if name not in params:
+                for value in _values(name, distribution):
+                    yield from self._complete(params | {name: value})
+                return
+        yield params
 
     def distributions(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         """The distributions of exactly the parameters that apply given `params`.
@@ -165,15 +189,15 @@ class Space:
                 macs = self.config.macs_keep
                 yield MACS_KEEP, FloatDistribution(macs.low, macs.high)
             case "global":
-                yield GLOBAL_KEEP, FloatDistribution(keep.low, keep.high)
+                yield GLOBAL_KEEP, _floats(keep.low, keep.high, keep.step)
             case "ratio":
                 for name in self.keep_names():
-                    yield name, FloatDistribution(keep.low, keep.high)
+                    yield name, _floats(keep.low, keep.high, keep.step)
 
     def _sparse_dimensions(self) -> Iterator[tuple[str, BaseDistribution]]:
         strength, q = self.config.dsd_lambda, self.config.dsd_q
         yield DSD_LAMBDA, FloatDistribution(strength.low, strength.high, log=strength.log)
-        yield DSD_Q, FloatDistribution(q.low, _steps(q.low, q.high, q.step)[-1], step=q.step)
+        yield DSD_Q, _floats(q.low, q.high, q.step)
         yield DSD_EPOCHS, CategoricalDistribution(tuple(self.config.dsd_epochs))
 
     def _sparse(self, dropped: tuple[str, ...], params: Mapping[str, Any]) -> Candidate:
@@ -310,6 +334,26 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     raise AssertionError(distribution)
 
 
+def _values(name: str, distribution: BaseDistribution) -> list[Any]:
+    """Every value of a discrete dimension."""
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return list(choices)
+        case IntDistribution(low=low, high=high):
+            return list(range(low, high + 1))
+        case FloatDistribution(low=low, high=high, step=float(step)):
+            return _steps(low, high, step)
+    raise ConfigError(
+        f"`{name}` (={distribution}) must have countably many values. Set space.keep.step."
+    )
+
+
+def _floats(low: float, high: float, step: float | None) -> FloatDistribution:
+    if step is None:
+        return FloatDistribution(low, high)
+    return FloatDistribution(low, _steps(low, high, step)[-1], step=step)
+
+
 def _steps(low: float, high: float, step: float) -> list[float]:
     count = math.floor((high - low) / step + 1e-9) + 1
     return [round(low + i * step, K_DECIMALS) for i in range(count)]
@@ -319,7 +363,11 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    return bool(distribution.low <= value <= distribution.high)
+    within = bool(distribution.low <= value <= distribution.high)
+    if within and isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        steps = (value - distribution.low) / distribution.step
+        return bool(abs(steps - round(steps)) < 1e-6)
+    return within
 
 
 def block_name(block: str) -> str:

@@ -1,5 +1,6 @@
 """The coordinator: every trial once, every end a row, and the ledger is the truth."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -13,18 +14,19 @@ from helpers import ranked
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
-from prunesearch.search.asking import SUBSTITUTE, AskAhead
+from prunesearch.search.asking import AskAhead
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, trial_id
 from prunesearch.search.records import TrialResult, TrialStatus
-from prunesearch.search.sampler import Proposal, Sampler
+from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
 from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.store import Store, read_results
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer2.1")
+DENSE = dataclasses.asdict(BASELINE)
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +211,8 @@ class SlowSampler(Sampler):
 
 def slow(bench: Bench, settings: SearchConfig, slots: int) -> tuple[AskAhead, SlowSampler]:
     space = Space(settings.space, bench.plan, ranked(BLOCKS))
-    sampler = SlowSampler(space, settings, [])
-    asking = AskAhead(sampler, space, settings, range(settings.search.trials))
+    sampler = SlowSampler(space, settings, [], DENSE)
+    asking = AskAhead(sampler, settings, range(settings.search.trials))
     asking.expect(slots)
     return asking, sampler
 
@@ -233,7 +235,9 @@ def test_a_random_candidate_steps_in_for_a_slow_sampler(bench, name):
     assert [p.number for p in others if p] == [0, 2, 3]
     assert {p.origin for p in others if p} == {name}
     asking.close()
-    assert [t.values for t in sampler._study.get_trials() if t.values] == [[0.5, 1.0]]
+    sampler.go.release()
+    sampler.ask(4)  # reads what it was told
+    assert [t.values for t in sampler._learner.study.get_trials() if t.values] == [[0.5, 1.0]]
 
 
 def test_one_slot_waits_for_its_sampler(bench):
@@ -249,9 +253,9 @@ def test_one_slot_waits_for_its_sampler(bench):
 def test_an_error_of_the_sampler_is_raised(bench):
     settings = config(3)
     space = Space(settings.space, bench.plan, ranked(BLOCKS))
-    sampler = Sampler(space, settings, [])
+    sampler = Sampler(space, settings, [], DENSE)
     sampler.ask = lambda number: 1 / 0  # type: ignore[method-assign]
-    asking = AskAhead(sampler, space, settings, range(3))
+    asking = AskAhead(sampler, settings, range(3))
     with pytest.raises(ZeroDivisionError):
         asking.next(20)
     asking.close()

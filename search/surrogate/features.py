@@ -1,0 +1,71 @@
+"""A candidate as numbers: what it makes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..records import Candidate
+from ..space import DSD, Space
+
+Array = npt.NDArray[np.float64]
+
+
+class Encoder:
+    """Turns candidates of one space into feature rows, in kinds that share a lengthscale.
+
+    Kinds: which blocks stay; the fraction of channels that each group has left (0 in a dropped
+    block; where scores decide it, what the rule asks of the model as a whole); criterion; rule
+    and its numbers.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._blocks = space.block_order
+        self._groups = [group.name for group in space.plan.groups]
+        self._internal = np.array([group.internal for group in space.plan.groups], dtype=bool)
+        self._criteria = list(space.criteria)
+        self._rules = sorted({*space.config.select} | ({"global"} & {*self._criteria}))
+        self._alive: dict[tuple[str, ...], Array] = {}
+        sizes = [len(self._blocks), len(self._groups), len(self._criteria), len(self._rules) + 4]
+        ends = np.cumsum(sizes)
+        self.kinds = [
+            slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True) if size
+        ]
+
+    def encode(self, candidates: Sequence[Candidate]) -> Array:
+        """Features, [num_candidates, num_features], each in 0..1."""
+        return np.array([self._row(candidate) for candidate in candidates], dtype=np.float64)
+
+    def _row(self, c: Candidate) -> list[float]:
+        stays = [float(block not in c.dropped_blocks) for block in self._blocks]
+        widths = self._widths(c)
+        criterion = [float(c.criterion == name) for name in self._criteria]
+        rule = [float(c.select == name) for name in self._rules]
+        k = 1.0 if c.k is None or c.select == "ratio" else c.k
+        strength = 0.0
+        if c.dsd_lambda is not None:
+            low, high = self._space.config.dsd_lambda.low, self._space.config.dsd_lambda.high
+            span = np.log(high / low) or 1.0
+            strength = 0.5 + 0.5 * float(np.log(c.dsd_lambda / low) / span)
+        longest = max(self._space.config.dsd_epochs)
+        numbers = [k, strength, c.dsd_q or 0.0, (c.dsd_epochs or 0.0) / longest]
+        return [*stays, *widths, *criterion, *rule, *numbers]
+
+    def _widths(self, c: Candidate) -> list[float]:
+        if c.dropped_blocks not in self._alive:
+            alive = {group.name for group in self._space.plan.alive(c.dropped_blocks)}
+            mask = [float(name in alive) for name in self._groups]
+            self._alive[c.dropped_blocks] = np.array(mask)
+        kept = np.ones(len(self._groups))
+        if c.criterion == DSD:
+            kept[self._internal] = c.k or 1.0
+        elif c.select == "ratio":
+            keep = dict(c.keep)
+            kept = np.array([keep.get(name, 1.0) for name in self._groups])
+        elif c.criterion is not None:
+            kept[:] = 0.3 if c.k is None else c.k**0.5 if c.select == "macs" else c.k
+        widths: list[float] = (kept * self._alive[c.dropped_blocks]).tolist()
+        return widths
