@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from .measure import count_macs
-from .surgery import PruningPlan, Recipe, apply
+from .surgery import PruningPlan, Recipe, prune
 
 SMALLEST = 1e-9
 
@@ -41,7 +40,7 @@ def k_for_macs(
     budget = target * count_macs(model, example_input)
 
     def fits(removal: Recipe) -> bool:
-        pruned = apply(copy.deepcopy(model), plan, removal)
+        pruned = prune(model, plan, removal)
         return count_macs(pruned, example_input) <= budget
 
     low, high = SMALLEST, 1.0

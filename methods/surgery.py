@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import remove_blocks
+from .slicing import Side, clone, slice_channels
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -165,22 +166,26 @@ def apply(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
     """
     _check(plan, recipe)
     remove_blocks(model, recipe.dropped_blocks)
-    removals: dict[tuple[str, Callable[..., Any]], set[int]] = {}
-    dims: dict[tuple[str, Callable[..., Any]], int] = {}
-    for name, kept in recipe.kept.items():
-        group = plan[name]
-        removed = torch.ones(group.num_channels, dtype=torch.bool)
-        removed[list(kept)] = False
-        for edit in group.edits:
-            if inside(edit.target, recipe.dropped_blocks):
-                continue
-            indices = edit.local[removed[edit.root]].tolist()
-            if indices:
-                removals.setdefault((edit.target, edit.prune), set()).update(indices)
-                dims[edit.target, edit.prune] = edit.dim
-    for (target, prune), indices_set in removals.items():
-        _remove(model, target, prune, sorted(indices_set), dims[target, prune])
+    sides: dict[str, list[Side]] = {}
+    for (target, prune), (dim, removed) in _removals(plan, recipe).items():
+        sides.setdefault(target, []).append(Side(prune, dim, removed))
+    for target, removals in sides.items():
+        slice_channels(model, target, removals)
     return model
+
+
+def prune(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
+    """A pruned copy of `model`, which stays as it is; removed blocks are not even copied.
+
+    Args:
+        model: The dense model that `plan` was made for.
+        plan: The model's channel groups.
+        recipe: Blocks and channels to remove.
+
+    Raises:
+        ValueError: As `apply`.
+    """
+    return apply(clone(model, without=recipe.dropped_blocks), plan, recipe)
 
 
 def group_norms(model: nn.Module, plan: PruningPlan) -> dict[str, tuple[str, ...]]:
@@ -246,16 +251,26 @@ def _item(model: nn.Module, target: str) -> nn.Module | nn.Parameter:
     return item
 
 
-def _remove(
-    model: nn.Module, target: str, prune: Callable[..., Any], indices: list[int], dim: int
-) -> None:
-    module_name, _, leaf = target.rpartition(".")
-    parent = model.get_submodule(module_name)
-    item = getattr(parent, leaf)
-    prune.__self__.pruning_dim = dim  # type: ignore[attr-defined]  # torch-pruning's own protocol
-    result = prune(item, indices)
-    if isinstance(item, nn.Parameter):
-        setattr(parent, leaf, result)
+def _removals(
+    plan: PruningPlan, recipe: Recipe
+) -> dict[tuple[str, Callable[..., Any]], tuple[int, Tensor]]:
+    """What each side of each layer loses: (target, side) -> (dimension, indices [n])."""
+    lost: dict[tuple[str, Callable[..., Any]], tuple[int, Tensor]] = {}
+    for name, kept in recipe.kept.items():
+        group = plan[name]
+        if len(kept) == group.num_channels:
+            continue
+        removed = torch.ones(group.num_channels, dtype=torch.bool)
+        removed[list(kept)] = False
+        for edit in group.edits:
+            if inside(edit.target, recipe.dropped_blocks):
+                continue
+            indices = edit.local[removed[edit.root]]
+            if len(indices):
+                before = lost.get((edit.target, edit.prune))
+                together = indices if before is None else torch.cat([before[1], indices])
+                lost[edit.target, edit.prune] = edit.dim, together
+    return lost
 
 
 def inside(name: str, blocks: Sequence[str]) -> bool:

@@ -21,8 +21,9 @@ import torch
 from ray import tune
 from safetensors.torch import save
 
+from ..methods.layout import prefer_channels_last
 from ..methods.measure import Latency, paired_latency, reference_latency_ms
-from ..methods.surgery import Recipe, apply, layer_widths
+from ..methods.surgery import Recipe, layer_widths, prune
 from .cache import LEASE_S, SHARED, Cache, Made, address
 from .config import SearchConfig
 from .context import Shared, TrialContext, TrialSpec
@@ -50,6 +51,7 @@ class Worker(tune.Trainable):
         task = make_task(search, unpack_images(ray.get(parts["images"])), device)
         model = make_model(search, task.num_classes, trained=False).to(device)
         load_state(model, ray.get(parts["state"]))
+        prefer_channels_last(model, task.example_input(2))
         self._context = TrialContext(
             config=search,
             task=task,
@@ -167,7 +169,7 @@ class LatencyProbe:
     def measure(self, recipe: Recipe, reference_ms: float) -> tuple[Latency, float]:
         """Latency of the recipe's architecture and the seconds it took; known ones take none."""
         start = time.perf_counter()
-        model = apply(copy.deepcopy(self._dense), self._plan, recipe)
+        model = prune(self._dense, self._plan, recipe)
         key = json.dumps([list(recipe.dropped_blocks), layer_widths(model)])
         if key not in self._known:
             self._known[key] = paired_latency(

@@ -29,6 +29,7 @@ from ..methods.blocks import removable_blocks
 from ..methods.data import ImageData, Split, load_data
 from ..methods.finetune import finetune
 from ..methods.groups import plan_pruning
+from ..methods.layout import prefer_channels_last
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.models.build import build_model, default_image_size, input_channels
 from ..methods.shapes import copy_state
@@ -115,6 +116,7 @@ def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
         model = make_model(config, task.num_classes).to(device)
         example = task.example_input(2)
         _try_forward(model, example, task.num_classes, config)
+        prefer_channels_last(model, example)
         plan = find_groups(config, model, example)
         blocks = find_removable(config, model, example)
         _check_sparse_training(config, model, plan)

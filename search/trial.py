@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import platform
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..methods.finetune import finetune, recalibrate_batch_norm
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
-from ..methods.surgery import Recipe, apply, layer_widths
+from ..methods.surgery import Recipe, layer_widths, prune
 from .context import TrialContext, TrialSpec
 from .prune import make_recipe, prune_by_blocks, start_of
 from .records import Candidate, TrialResult, TrialStatus, violations
@@ -130,7 +129,7 @@ def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
             model, recipe = prune_by_blocks(spec.candidate, start, recipe, context, spec.seed)
     else:
         with _clock(result, "prune_s"):
-            model = apply(copy.deepcopy(start.model), context.plan, recipe)
+            model = prune(start.model, context.plan, recipe)
     recover_and_measure(model, recipe, context, result, generator)
     outcome.recipe = recipe
     outcome.state = copy_state(model)
