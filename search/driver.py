@@ -19,6 +19,7 @@ from .cluster import PROBE  # first: it sets Ray's environment
 # isort: split
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -101,6 +102,7 @@ def run_trials(
             tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
             tune_config=tune.TuneConfig(
                 search_alg=_Asker(coordinator),
+                scheduler=_InOrder(),
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -147,6 +149,16 @@ class _Asker(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+class _InOrder(FIFOScheduler):
+    """Leaves pending trials to Tune, which starts them in order.
+
+    The stock scheduler looks at every trial of the search, finished ones too, at each step.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """None in particular: no trial is ever paused."""
 
 
 class _Recorder(tune.Callback):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
-from prunesearch.search.config import dump_config, parse_config
+from prunesearch.search.config import SearchConfig, dump_config, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, Listener
 from prunesearch.search.progress import Progress
@@ -33,9 +33,9 @@ CONFIG = parse_config(
 )
 
 
-def new(folder: Path, listener: Listener) -> Coordinator:
+def new(folder: Path, listener: Listener, config: SearchConfig = CONFIG) -> Coordinator:
     plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
-    return Coordinator(CONFIG, Space(CONFIG.space, plan, ranked(())), BASELINE, folder, listener)
+    return Coordinator(config, Space(config.space, plan, ranked(())), BASELINE, folder, listener)
 
 
 def ask(coordinator: Coordinator) -> TrialSpec | None:
@@ -69,6 +69,28 @@ def test_progress_follows_a_run(tmp_path, terminal):
     assert "4/4" in text and "hypervolume" in text and "1 failed" in text
     if not terminal:
         assert "t00000 failed: it broke [badly]" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_says_once_why_a_run_stops_early(tmp_path, terminal):
+    search = CONFIG.search.model_copy(update={"plateau_trials": 1})
+    config = CONFIG.model_copy(update={"search": search})
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=terminal, width=200))
+    coordinator = new(tmp_path, progress.finished, config)
+    with progress.live(coordinator):
+        specs = [ask(coordinator), ask(coordinator), ask(coordinator)]
+        for spec in specs:  # all alike: the second ends the search while the third runs
+            row = TrialResult(spec.trial_id, TrialStatus.COMPLETED, candidate=spec.candidate_json)
+            row.accuracy, row.latency_ms, row.speedup = 0.8, 1.0, 2.0
+            coordinator.finish(row)
+    coordinator.close()
+    assert out.getvalue().count("no more trials start: the front's hypervolume grew by") == 1
+    resumed, out = new(tmp_path, lambda result: None, config), io.StringIO()
+    with Progress(Console(file=out)).live(resumed):
+        assert resumed.next() is None
+    resumed.close()
+    assert "(search.plateau_trials)" in out.getvalue().replace("\n", " ")
 
 
 def test_tables_show_a_finished_run(tmp_path):

@@ -58,18 +58,19 @@ def bench_engine(
         slots: Slots of a simulated cluster of nodes with 16 CPUs each; None for none.
         say: Told what is measured now.
     """
-    result: dict[str, Any] = {"environment": environment(), "growth": []}
-    with connect(None):
-        for sampler, points in (("random", sizes), (default_sampler(), default_sizes)):
-            if points:
-                say(f"{points[-1]} no-op trials, sampler {sampler}")
+    result: dict[str, Any] = {"environment": environment(), "growth": [], "busy": []}
+    for sampler, points in (("random", sizes), (default_sampler(), default_sizes)):
+        if points:
+            say(f"{points[-1]} no-op trials, sampler {sampler}")
+            with connect(None):
                 result["growth"] += growth(sampler, points)
-        if pair_s:
-            say("two workers against one")
-            result["workers"] = [workers(count, pair_s) for count in (1, 2)]
+    if pair_s:
+        say("two workers against one")
+        with connect(None):
+            result["busy"] += [workers(count, pair_s) for count in (1, 2)]
     if slots is not None:
         say(f"a simulated cluster of {slots} slots")
-        result["cluster"] = cluster(slots)
+        result["busy"].append(cluster(slots))
     return result
 
 
@@ -95,13 +96,13 @@ def engine_tables(result: Mapping[str, Any]) -> list[Table]:
         "wait for a proposal ms (most)", "all up after s",
     ):  # fmt: skip
         busy.add_column(column)
-    for row in [*result.get("workers", []), *([result["cluster"]] if "cluster" in result else [])]:
+    for row in result["busy"]:
         busy.add_row(
             str(row["slots"]), str(row["nodes"]), "{:g} to {:g}".format(*row["sleep_s"]),
             str(row["trials"]), f"{row['rate']:.2f}", f"{row['busy']:.1%}",
             f"{row['ask_ms']:.1f} ({row['ask_ms_max']:.0f})", f"{row['up_s']:.0f}",
         )  # fmt: skip
-    return [growth, busy]
+    return [table for table in (growth, busy) if table.row_count]
 
 
 def growth(sampler: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
