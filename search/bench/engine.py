@@ -35,6 +35,7 @@ from ..space import Space
 from .noop import NoOp
 
 WINDOW = 100  # the last trials before each size are timed
+START_S = 480.0  # after so long the workers that are up are measured
 BASELINE = Baseline(0.9, 0.3, 10**6, 10**5, 10.0, "invented", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2")
 
@@ -98,7 +99,7 @@ def engine_tables(result: Mapping[str, Any]) -> list[Table]:
         busy.add_column(column)
     for row in result["busy"]:
         busy.add_row(
-            str(row["slots"]), str(row["nodes"]), "{:g} to {:g}".format(*row["sleep_s"]),
+            str(row["workers"]), str(row["nodes"]), "{:g} to {:g}".format(*row["sleep_s"]),
             str(row["trials"]), f"{row['rate']:.2f}", f"{row['busy']:.1%}",
             f"{row['ask_ms']:.1f} ({row['ask_ms_max']:.0f})", f"{row['up_s']:.0f}",
         )  # fmt: skip
@@ -124,7 +125,7 @@ def workers(slots: int, seconds: float, sleep_s: tuple[float, float] = (0.5, 0.5
         start = time.time()
         _run(coordinator, slots, sleep_s)
         nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        return _busy(coordinator, start) | {"slots": slots, "sleep_s": sleep_s, "nodes": nodes}
+        return _busy(coordinator, start) | {"sleep_s": sleep_s, "nodes": nodes}
 
 
 def cluster(slots: int, seconds: float = 90.0) -> Any:
@@ -170,6 +171,7 @@ class _Timed(Coordinator):
         self._own = 0.0
         self._hosts: set[str] = set()
         self._stop_at: float | None = None
+        self._late_at = time.time() + START_S
         super().__init__(*arguments)
 
     def look_at(self, sizes: Sequence[int]) -> None:
@@ -204,7 +206,8 @@ class _Timed(Coordinator):
         if len(self.ends) in self._sizes:
             self.mib[len(self.ends)] = _memory_mib()
         self._hosts.add(result.host)
-        if self._stop_at is None and self.seconds and len(self._hosts) >= self.slots:
+        up = len(self._hosts) >= self.slots or time.time() > self._late_at
+        if self._stop_at is None and self.seconds and up:
             self._stop_at = time.time() + self.seconds
 
 
@@ -267,9 +270,10 @@ def _busy(coordinator: _Timed, start: float) -> dict[str, Any]:
     ]
     ended = sum(up < (row.finished_at or 0.0) <= over for row in rows)
     return {
+        "workers": len(firsts),
         "trials": ended,
         "rate": ended / (over - up),
-        "busy": sum(inside) / (coordinator.slots * (over - up)),
+        "busy": sum(inside) / (len(firsts) * (over - up)),
         "ask_ms": 1e3 * statistics.median(coordinator.waits),
         "ask_ms_max": 1e3 * max(coordinator.waits),
         "up_s": up - start,
