@@ -111,3 +111,22 @@ def _sizes(option: str, text: str) -> list[int]:
         f"`{option}` (={text}) must be ascending numbers of trials from 10 to 99999. Write "
         "100,1000,5000."
     )
+
+
+@bench.command("front")
+def bench_front_command(
+    config: ConfigFile,
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="OUT.parquet keeps every candidate of the space.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Searches a sampler.")] = 5,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the samplers with the exact front of a space that is enumerated once."""
+    search = load(config, set_ or [])
+    from .bench.front import bench_front, front_table
+    from .progress import Progress
+
+    result = bench_front(search, out_dir, Progress(err), seeds=seeds)
+    out.print_json(json.dumps(result)) if as_json else print_wide(front_table(result))

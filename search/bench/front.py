@@ -1,0 +1,206 @@
+"""`prune-search bench front`: how much of the exact front each sampler finds, and how soon.
+
+A space is enumerated once (enumerate.py). Then every sampler searches it, several times, and each
+of its evaluations is a look into the table. What is reported is the hypervolume that it reached,
+as a fraction of that of the exact front.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..config import SearchConfig, parse_config
+from ..environment import environment
+from ..front import Front, reference_point
+from ..progress import Progress
+from ..records import Candidate, TrialResult, TrialStatus
+from ..sampler import Sampler
+from ..seeds import UNIFORM_KEEPS, default_seeds
+from ..space import Params, Space
+from .enumerate import Enumeration, enumerate_space
+
+ENOUGH = 0.95  # of the exact hypervolume
+SHARE = 0.10  # of the evaluations
+BUDGETS = (30, 60, 100, 200, 500)
+MOST_GP = 100  # trials: Optuna's GP takes seconds, then a minute a proposal
+SAMPLERS = ("surrogate", "tpe", "gp", "nsga2", "random")
+
+
+def bench_front(
+    config: SearchConfig, out: Path, progress: Progress, *, seeds: int = 5
+) -> dict[str, Any]:
+    """Enumerates the config's space (or reads what was) and lets every sampler search it.
+
+    Args:
+        config: A space with discrete dimensions and no fine-tuning.
+        out: OUT.parquet keeps the enumeration.
+        progress: Where to report.
+        seeds: Searches a sampler.
+
+    Returns:
+        The table's rows, the exact front's size and hypervolume, and the hardware.
+    """
+    exact = enumerate_space(config, out.with_suffix(".parquet"), progress)
+    space = exact.space(config)
+    volume = exact_hypervolume(exact, config)
+    budget = max(1, math.floor(SHARE * len(exact.rows)))
+    rows = []
+    for label in (*SAMPLERS, "surrogate, no seeds", "tpe with seeds", "uniform"):
+        progress.say(f"{label}: {seeds} searches of up to {budget} evaluations")
+        most = min(budget, MOST_GP) if label == "gp" else budget
+        searches = [_search(label, exact, space, config, seed, most) for seed in range(seeds)]
+        rows.append(_row(label, [[v / volume for v in curve] for curve, _ in searches], searches))
+    return {
+        "name": config.name,
+        "candidates": len(exact.rows),
+        "front": len(_exact_front(exact, config).members),
+        "hypervolume": volume,
+        "budget": budget,
+        "seeds": seeds,
+        "objectives": dict(config.objectives),
+        "rows": rows,
+        "enumeration": exact.facts,
+        "environment": environment(),
+    }
+
+
+def exact_hypervolume(exact: Enumeration, config: SearchConfig) -> float:
+    """Hypervolume of the front of all candidates."""
+    return _exact_front(exact, config).hypervolume
+
+
+def front_table(result: Mapping[str, Any]) -> Table:
+    """`bench_front` for people."""
+    table = Table(
+        title=f"{result['name']}: fraction of the exact hypervolume ({result['hypervolume']:.4f}, "
+        f"{result['front']} of {result['candidates']} candidates on the exact front), median "
+        f"(range) of {result['seeds']} searches; {result['environment']['cpu']}"
+    )
+    budgets = [b for b in BUDGETS if b <= result["budget"]] or [result["budget"]]
+    for column in ("sampler", *(f"{b} evaluations" for b in budgets)):
+        table.add_column(column)
+    table.add_column(f"evaluations to {ENOUGH:.0%}")
+    table.add_column("ask ms")
+    for row in result["rows"]:
+        cells = [_spread(row["reached"].get(str(b))) for b in budgets]
+        table.add_row(row["sampler"], *cells, _needed(row["needed"]), f"{row['ask_ms']:.0f}")
+    return table
+
+
+# --- one search ------------------------------------------------------------------------------
+
+
+def _search(
+    label: str, exact: Enumeration, space: Space, config: SearchConfig, seed: int, budget: int
+) -> tuple[list[float], float]:
+    """Hypervolume after each evaluation, and the seconds that an ask took."""
+    front, curve = _new_front(exact, config), []
+    start = time.perf_counter()
+    for number, candidate in enumerate(_candidates(label, exact, space, config, seed, budget)):
+        front.add(_result(number, candidate, exact))
+        curve.append(front.hypervolume)
+    return curve, (time.perf_counter() - start) / max(1, len(curve))
+
+
+def _candidates(
+    label: str, exact: Enumeration, space: Space, config: SearchConfig, seed: int, budget: int
+) -> Iterator[Candidate]:
+    if label == "uniform":
+        yield from _uniform(space, budget)
+        return
+    name = label.split()[0].rstrip(",")
+    data = config.model_dump(mode="json")
+    seeded = label in ("surrogate", "tpe with seeds")
+    data["search"] |= {"sampler": name, "seed": seed, "trials": budget, "seeds": seeded}
+    config = parse_config(data)
+    first = default_seeds(space, config)
+    sampler = Sampler(space, config, first, exact.facts["baseline"])
+    for number in range(budget):
+        candidate = sampler.ask(number).candidate
+        yield candidate
+        sampler.tell(number, _result(number, candidate, exact))
+
+
+def _uniform(space: Space, budget: int) -> Iterator[Candidate]:
+    """One fraction for all layers, every criterion, with 0, 1, 2, ... of the ranked blocks."""
+    found: dict[Candidate, None] = {}
+    for num_dropped in range(space.max_blocks + 1):
+        for keep in (1.0, *UNIFORM_KEEPS, *np.linspace(0.1, 1.0, 91).round(2).tolist()):
+            for criterion in space.criteria:
+                params: Params = space.block_params(num_dropped)
+                params |= space.channel_params(criterion, keep)
+                if space.admits(params):
+                    found.setdefault(space.candidate(params))
+    yield from list(found)[:budget]
+
+
+def _result(number: int, candidate: Candidate, exact: Enumeration) -> TrialResult:
+    row = exact.rows[candidate.key]
+    return TrialResult(
+        trial_id=f"t{number:05d}",
+        status=TrialStatus.COMPLETED,
+        accuracy_before_finetune=row["accuracy"],
+        accuracy_drop=exact.facts["baseline"]["accuracy"] - row["accuracy"],
+        **row,
+    )
+
+
+# --- the exact front and the table's rows ----------------------------------------------------
+
+
+def _new_front(exact: Enumeration, config: SearchConfig) -> Front:
+    reference = reference_point(exact.facts["baseline"], config.objectives)
+    return Front(config.objectives, reference)
+
+
+def _exact_front(exact: Enumeration, config: SearchConfig) -> Front:
+    front = _new_front(exact, config)
+    for number, row in enumerate(exact.rows.values()):
+        front.add(TrialResult(f"t{number:05d}", TrialStatus.COMPLETED, **row))
+    return front
+
+
+def _row(
+    label: str, curves: Sequence[Sequence[float]], searches: Sequence[tuple[Any, float]]
+) -> dict[str, Any]:
+    reached = {}
+    for budget in sorted({*BUDGETS, max(map(len, curves))}):
+        values = [curve[min(budget, len(curve)) - 1] for curve in curves]
+        if budget <= max(map(len, curves)) or label == "uniform":
+            reached[str(budget)] = _summary(values)
+    needed = [next((n for n, v in enumerate(curve, 1) if v >= ENOUGH), None) for curve in curves]
+    return {
+        "sampler": label,
+        "reached": reached,
+        "needed": needed,
+        "ask_ms": 1000 * statistics.median(seconds for _, seconds in searches),
+    }
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _spread(summary: Mapping[str, float] | None) -> str:
+    if summary is None:
+        return ""
+    return f"{summary['median']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})"
+
+
+def _needed(counts: Sequence[int | None]) -> str:
+    """The median, where a search that never got there counts as endless."""
+    reached = sorted(count for count in counts if count is not None)
+    if not reached:
+        return "never"
+    middle = (len(counts) - 1) // 2
+    median = str(reached[middle]) if middle < len(reached) else "never"
+    highest = str(reached[-1]) if len(reached) == len(counts) else "never"
+    return f"{median} ({reached[0]} to {highest})"
