@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -68,12 +69,12 @@ class Space:
         """Every removable block, the one to remove first in front; empty when none may go."""
         return self.drops[-1]
 
-    @property
+    @cached_property
     def max_blocks(self) -> int:
         """How many blocks a candidate may drop."""
         return max_blocks(self.config.blocks, len(self.block_order))
 
-    @property
+    @cached_property
     def criteria(self) -> tuple[str, ...]:
         """Names of the criteria; empty when no channel can be removed."""
         return tuple(self.config.criterion_names) if self.plan.groups else ()
@@ -144,7 +145,7 @@ class Space:
         if CRITERION not in params:
             return Candidate(dropped_blocks=dropped)
         criterion = str(params[CRITERION])
-        alive = self.plan.alive(dropped)
+        alive = self.alive(dropped)
         if not any(group.internal or criterion != DSD for group in alive):
             return Candidate(dropped_blocks=dropped)  # no channel is left to remove
         if criterion == DSD:
@@ -165,6 +166,16 @@ class Space:
             return Candidate(dropped_blocks=dropped)
         return Candidate(criterion, dropped, rule, keep=tuple(sorted(keep.items())))
 
+    def alive(self, dropped_blocks: tuple[str, ...]) -> tuple[ChannelGroup, ...]:
+        """`PruningPlan.alive`, remembered: a sampler asks for thousands of candidates."""
+        if dropped_blocks not in self._alive:
+            self._alive[dropped_blocks] = self.plan.alive(dropped_blocks)
+        return self._alive[dropped_blocks]
+
+    @cached_property
+    def _alive(self) -> dict[tuple[str, ...], tuple[ChannelGroup, ...]]:
+        return {}
+
     # --- the dimensions ---------------------------------------------------------------------
 
     def _walk(self, params: Mapping[str, Any]) -> Iterator[tuple[str, BaseDistribution]]:
@@ -174,20 +185,20 @@ class Space:
             yield NUM_BLOCKS, IntDistribution(0, self.max_blocks)
         elif self.max_blocks and blocks.mode == "mask":
             for block in self.block_order:
-                yield block_name(block), CategoricalDistribution((False, True))
+                yield block_name(block), _choices((False, True))
         if not self.criteria:
             return
-        yield CRITERION, CategoricalDistribution(self.criteria)
+        yield CRITERION, _choices(self.criteria)
         if params[CRITERION] == DSD:
             yield from self._sparse_dimensions()
             return
-        yield SELECT, CategoricalDistribution(tuple(self.config.select))
+        yield SELECT, _choices(self.config.select)
         match params[SELECT]:
             case "cumulative":
-                yield TOP_K, FloatDistribution(top_k.low, top_k.high)
+                yield TOP_K, _floats(top_k.low, top_k.high)
             case "macs":
                 macs = self.config.macs_keep
-                yield MACS_KEEP, FloatDistribution(macs.low, macs.high)
+                yield MACS_KEEP, _floats(macs.low, macs.high)
             case "global":
                 yield GLOBAL_KEEP, _floats(keep.low, keep.high, keep.step)
             case "ratio":
@@ -196,9 +207,9 @@ class Space:
 
     def _sparse_dimensions(self) -> Iterator[tuple[str, BaseDistribution]]:
         strength, q = self.config.dsd_lambda, self.config.dsd_q
-        yield DSD_LAMBDA, FloatDistribution(strength.low, strength.high, log=strength.log)
+        yield DSD_LAMBDA, _floats(strength.low, strength.high, log=strength.log)
         yield DSD_Q, _floats(q.low, q.high, q.step)
-        yield DSD_EPOCHS, CategoricalDistribution(tuple(self.config.dsd_epochs))
+        yield DSD_EPOCHS, _choices(self.config.dsd_epochs)
 
     def _sparse(self, dropped: tuple[str, ...], params: Mapping[str, Any]) -> Candidate:
         """Sparse training, then global pruning of the fraction that it drove to zero."""
@@ -348,9 +359,17 @@ def _values(name: str, distribution: BaseDistribution) -> list[Any]:
     )
 
 
-def _floats(low: float, high: float, step: float | None) -> FloatDistribution:
+@cache
+def _choices(choices: tuple[Any, ...]) -> CategoricalDistribution:
+    return CategoricalDistribution(choices)
+
+
+@cache
+def _floats(
+    low: float, high: float, step: float | None = None, log: bool = False
+) -> FloatDistribution:
     if step is None:
-        return FloatDistribution(low, high)
+        return FloatDistribution(low, high, log=log)
     return FloatDistribution(low, _steps(low, high, step)[-1], step=step)
 
 

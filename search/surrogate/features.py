@@ -56,7 +56,7 @@ class Encoder:
 
     def _widths(self, c: Candidate) -> list[float]:
         if c.dropped_blocks not in self._alive:
-            alive = {group.name for group in self._space.plan.alive(c.dropped_blocks)}
+            alive = {group.name for group in self._space.alive(c.dropped_blocks)}
             mask = [float(name in alive) for name in self._groups]
             self._alive[c.dropped_blocks] = np.array(mask)
         kept = np.ones(len(self._groups))

@@ -25,7 +25,7 @@ Measured = Mapping[str, float]  # metric -> value
 FEWEST = 6  # observations before the models are of use
 REFIT_GROWTH = 1.25  # hyperparameters are found anew whenever there is a quarter more data
 MOST = 600  # observations that a model reads: the front and the latest
-ROUNDS, RANDOM, CHILDREN, PARENTS = 3, 100, 200, 30
+ROUNDS, RANDOM, CHILDREN, PARENTS = 3, 60, 140, 30
 
 
 @dataclass(frozen=True)
