@@ -29,7 +29,7 @@ def changed_attributes(dense: nn.Module, pruned: nn.Module) -> Attributes:
         new = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in vars(module).items()
-            if _is_shape(value) and value != getattr(before[name], key)
+            if _is_shape(value) and value != getattr(before[name], key, value)
         }
         if new:
             changed[name] = new

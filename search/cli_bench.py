@@ -130,3 +130,27 @@ def bench_front_command(
 
     result = bench_front(search, out_dir, Progress(err), seeds=seeds)
     out.print_json(json.dumps(result)) if as_json else print_wide(front_table(result))
+
+
+@bench.command("peers")
+def bench_peers_command(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the runs.")],
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of each method.")] = 120.0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods; all by default.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Compare this search with other tools in hypervolume against seconds."""
+    search = load(config, set_ or [])
+    from .bench.peers.registry import METHODS
+    from .bench.peers.run import bench_peers
+    from .progress import Progress
+
+    chosen = list(METHODS) if methods is None else [m.strip() for m in methods.split(",")]
+    text = bench_peers(
+        search, out_dir, Progress(err), seconds=seconds, seeds=seeds, methods=chosen
+    )
+    out.print(text, markup=False, highlight=False)

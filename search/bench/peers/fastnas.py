@@ -1,0 +1,55 @@
+"""NVIDIA ModelOpt's FastNAS, one search for each of a ladder of MACs constraints."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import modelopt.torch.prune as mtp
+import torch
+
+from .ladder import ladder
+from .log import Log
+from .problem import PeerProblem
+
+MACS = (0.1, 0.95)  # the constraints, as fractions of the dense model's MACs
+DIVISOR = 4  # its default of 32 is more channels than a small model has
+MAP = "sensitivity.pth"  # ModelOpt's own file, written and read by it alone
+
+
+def run(problem: PeerProblem, log: Log, *, limit: int | None = None) -> None:
+    """Searches under constraint after constraint until it is stopped.
+
+    Args:
+        problem: What is pruned.
+        log: Where candidates go.
+        limit: How many constraints; None for all that fit in the time.
+    """
+    torch.set_num_threads(problem.threads * problem.workers)
+    torch.manual_seed(problem.config.search.seed)
+    task = problem.task
+    widths = mtp.fastnas.FastNASConfig()
+    widths["nn.Conv2d"]["*"]["channel_divisor"] = DIVISOR
+    widths["nn.BatchNorm2d"]["*"]["feature_divisor"] = DIVISOR
+    settings = {
+        "data_loader": task.calibration_batches(),
+        "collect_func": lambda batch: batch[0],
+        "score_func": lambda model: task.evaluate(model, "val")["accuracy"],
+        "checkpoint": str(log.folder / MAP),
+        "verbose": False,
+    }
+    for number, share in enumerate(itertools.islice(ladder(*MACS), limit)):
+        label = f"{number:04d}-{share:.4f}"
+        try:
+            model, _ = mtp.prune(
+                copy.deepcopy(problem.dense),
+                mode=[("fastnas", widths)],
+                constraints={"flops": f"{100 * share:.2f}%"},
+                dummy_input=task.example_input(),
+                config=settings,
+            )
+            accuracy = problem.recover(model, number)
+        except (ValueError, RuntimeError, FloatingPointError) as error:
+            log.failed(label, error)
+            continue
+        log.finished(label, model, accuracy)

@@ -1,0 +1,66 @@
+"""This project's search under the same budget: its ledger becomes the log."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+from ....methods.surgery import PruningPlan, Recipe, apply
+from ...records import TrialResult, TrialStatus
+from ...runs import Run
+from ...runs import run as run_search
+from ...setup import find_groups
+from .log import Architecture, Entry, Log
+from .problem import PeerProblem
+
+SEARCH = "search"
+
+
+def run(problem: PeerProblem, log: Log, *, seconds: float) -> None:
+    """Searches until no time is left for another trial, then writes the log.
+
+    Args:
+        problem: What is pruned.
+        log: Where candidates go.
+        seconds: The budget, counted from the start of the process.
+    """
+    config = problem.config
+    left = max(1.0, seconds - log.seconds())
+    limited = config.search.model_copy(update={"time_limit_s": left})
+    done = run_search(config.model_copy(update={"search": limited}), out=log.folder / SEARCH)
+    plan = find_groups(config, problem.dense, problem.task.example_input(2))
+    started = time.time() - log.seconds()
+    for result in done.results():
+        if result.status is TrialStatus.COMPLETED:
+            log.add(entry(result, problem, plan, started))
+
+
+def entry(result: TrialResult, problem: PeerProblem, plan: PruningPlan, started: float) -> Entry:
+    """A row of the ledger as a candidate of the log."""
+    assert result.accuracy is not None and result.finished_at is not None
+    assert result.macs is not None and result.num_params is not None
+    model = apply(copy.deepcopy(problem.dense), plan, _like(result, plan))
+    return Entry(
+        label=result.trial_id,
+        seconds=result.finished_at - started,
+        accuracy=result.accuracy,
+        macs=result.macs,
+        num_params=result.num_params,
+        architecture=Architecture.of(problem.dense, model),
+    )
+
+
+def finished_trials(folder: Path) -> int:
+    """Trials of a method's search, in time or not."""
+    return len(Run(folder / SEARCH).results())
+
+
+def _like(result: TrialResult, plan: PruningPlan) -> Recipe:
+    """A recipe of the row's widths; which channels it keeps says nothing."""
+    kept = {}
+    for group in plan.alive(result.dropped_blocks):
+        width = next(result.widths[n] for n in group.layers if n in result.widths)
+        size, keep = group.num_channels // group.parts, width // group.parts
+        kept[group.name] = tuple(p * size + i for p in range(group.parts) for i in range(keep))
+    return Recipe(tuple(result.dropped_blocks), kept)

@@ -1,0 +1,99 @@
+"""The methods by name, and the process that runs one of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...yaml_source import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is run.
+
+    Attributes:
+        module: Module of this package that has its `run`.
+        label: What tables call it.
+        options: Arguments of `run`.
+        shared: Whether one process a worker is started, which share the work.
+        ends: Whether it ends by itself; the others are stopped when the time is over.
+        library: What has to be installed, if anything is.
+    """
+
+    module: str
+    label: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    shared: bool = False
+    ends: bool = False
+    library: str | None = None
+
+
+def _pruner(importance: str, scope: str) -> Method:
+    options = {"importance": importance, "scope": scope}
+    return Method("torch_pruning", f"Torch-Pruning, {importance} {scope}", options, shared=True)
+
+
+OURS = "ours"
+METHODS: dict[str, Method] = {
+    OURS: Method("ours", "this search", ends=True),
+    "torch-pruning-l1-uniform": _pruner("l1", "uniform"),
+    "torch-pruning-l1-global": _pruner("l1", "global"),
+    "torch-pruning-taylor-uniform": _pruner("taylor", "uniform"),
+    "torch-pruning-taylor-global": _pruner("taylor", "global"),
+    "fastnas": Method("fastnas", "ModelOpt FastNAS", library="modelopt"),
+    "moasha": Method("moasha", "Syne Tune MOASHA", library="syne_tune"),
+}
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Refuses unknown methods and those whose library is not installed.
+
+    Raises:
+        ConfigError: Which names the fix.
+    """
+    from ....methods.names import unknown_name
+
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(unknown_name("--methods", name, METHODS))
+        library = METHODS[name].library
+        if library is not None and importlib.util.find_spec(library) is None:
+            raise ConfigError(
+                f"`--methods` (={name}) must be installed: there is no {library}. Install it with "
+                "`pip install 'prune-search[peers]'`, or leave the method out."
+            )
+
+
+def command(
+    name: str, problem: Path, folder: Path, *, started: float, seconds: float, worker: int
+) -> list[str]:
+    """The command line of a method's process."""
+    values = [name, str(problem), str(folder), repr(started), repr(seconds), str(worker)]
+    return [sys.executable, "-m", __spec__.name, *values]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs a method in this process: the other end of `command`."""
+    from .log import Log
+    from .problem import PeerProblem
+
+    name, problem_folder, folder, started, seconds, worker = arguments
+    method = METHODS[name]
+    problem = PeerProblem(Path(problem_folder))
+    options: dict[str, Any] = dict(method.options)
+    if method.shared:
+        options |= {"worker": int(worker), "workers": problem.workers}
+    if method.ends:
+        options["seconds"] = float(seconds)
+    run: Callable[..., None] = importlib.import_module(f".{method.module}", __package__).run
+    run(problem, Log(Path(folder), problem, float(started)), **options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
