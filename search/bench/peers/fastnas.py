@@ -7,6 +7,7 @@ import itertools
 
 import modelopt.torch.prune as mtp
 import torch
+from torch import Tensor
 
 from .ladder import ladder
 from .log import Log
@@ -14,6 +15,8 @@ from .problem import PeerProblem
 
 MACS = (0.1, 0.95)  # the constraints, as fractions of the dense model's MACs
 DIVISOR = 4  # its default of 32 is more channels than a small model has
+BATCHES = 50  # it calibrates batch norms on exactly so many, and with fewer not at all
+BATCH = 32  # images: enough to calibrate, and half the time of a training batch
 MAP = "sensitivity.pth"  # ModelOpt's own file, written and read by it alone
 
 
@@ -32,8 +35,8 @@ def run(problem: PeerProblem, log: Log, *, limit: int | None = None) -> None:
     widths["nn.Conv2d"]["*"]["channel_divisor"] = DIVISOR
     widths["nn.BatchNorm2d"]["*"]["feature_divisor"] = DIVISOR
     settings = {
-        "data_loader": task.calibration_batches(),
-        "collect_func": lambda batch: batch[0],
+        "data_loader": _calibration(problem),
+        "collect_func": lambda images: images,
         "score_func": lambda model: task.evaluate(model, "val")["accuracy"],
         "checkpoint": str(log.folder / MAP),
         "verbose": False,
@@ -53,3 +56,12 @@ def run(problem: PeerProblem, log: Log, *, limit: int | None = None) -> None:
             log.failed(label, error)
             continue
         log.finished(label, model, accuracy)
+
+
+def _calibration(problem: PeerProblem) -> list[Tensor]:
+    """Training images for batch norms, in as many batches as it wants."""
+    task = problem.task
+    size = max(2, min(BATCH, task.num_train // BATCHES))
+    drawn = task.train_batches(problem.generator(0), max_images=size * BATCHES, augment=False)
+    batches = torch.split(torch.cat([images for images, _ in drawn]), size)
+    return list(itertools.islice(itertools.cycle(batches), BATCHES))

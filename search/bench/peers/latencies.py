@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ....methods.measure import paired_latency, reference_latency_ms
 from ...environment import fingerprint
@@ -35,7 +36,7 @@ def measure_all(
         return known
     settings = problem.config.latency
     device = torch.device(settings.device)
-    dense = copy.deepcopy(problem.dense).to(device)
+    dense = contiguous(problem.dense).to(device)
     example = problem.task.example_input(settings.batch_size).to(device)
     if "reference_ms" not in stored:
         stored["reference_ms"] = reference_latency_ms(
@@ -44,7 +45,7 @@ def measure_all(
         stored["probe"] = fingerprint(device) | settings.model_dump()
     for number, (key, architecture) in enumerate(missing.items(), start=1):
         latency = paired_latency(
-            architecture.build(problem.dense).to(device),
+            architecture.build(dense).to(device),
             dense,
             example,
             reference_ms=stored["reference_ms"],
@@ -60,6 +61,11 @@ def measure_all(
         if number % SAVE_EVERY == 0 or number == len(missing):
             write_json(path, stored)
     return known
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """A copy in the plain memory layout, in which latencies are measured."""
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
 def short_key(architecture: Architecture) -> str:

@@ -6,7 +6,6 @@ stay alive, in the place of its `LocalBackend`, which starts a Python process a 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import multiprocessing
 import time
@@ -25,11 +24,12 @@ from syne_tune.optimizer.schedulers.multiobjective.moasha import MOASHA
 from torch import nn
 
 from ....methods.measure import Latency, paired_latency, reference_latency_ms
-from ....methods.surgery import Recipe, apply, layer_widths
+from ....methods.surgery import Recipe, layer_widths, prune
 from ...context import TrialContext
 from ...prune import make_recipe, start_of
 from ...setup import find_groups, find_removable
 from ...space import Params, Space
+from .latencies import contiguous
 from .log import Log
 from .problem import PeerProblem
 
@@ -216,7 +216,7 @@ def _trial(
     generator = problem.generator(number)
     start = start_of(candidate, context)
     recipe, _ = make_recipe(candidate, context, number, start)
-    model = apply(copy.deepcopy(start.model), context.plan, recipe)
+    model = prune(start.model, context.plan, recipe)
     problem.recalibrate(model, generator)
     accuracy = problem.accuracy(model)
     latency_ms = probe.measure(model, recipe).latency_ms
@@ -236,7 +236,7 @@ class _Probe:
         self.problem = problem
         settings = problem.config.latency
         self._device = torch.device(settings.device)
-        self._dense = copy.deepcopy(problem.dense).to(self._device)
+        self._dense = contiguous(problem.dense).to(self._device)
         self._example = problem.task.example_input(settings.batch_size).to(self._device)
         self._options = {"threads": settings.threads, "runs": settings.runs}
         self.reference_ms = reference_latency_ms(self._dense, self._example, **self._options)
@@ -246,7 +246,7 @@ class _Probe:
         key = repr((recipe.dropped_blocks, layer_widths(model)))
         if key not in self._known:
             self._known[key] = paired_latency(
-                copy.deepcopy(model).to(self._device),
+                contiguous(model).to(self._device),
                 self._dense,
                 self._example,
                 reference_ms=self.reference_ms,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 
-from ....methods.surgery import PruningPlan, Recipe, apply
+from ....methods.surgery import PruningPlan, Recipe, prune
 from ...records import TrialResult, TrialStatus
 from ...runs import Run
 from ...runs import run as run_search
@@ -40,7 +39,7 @@ def entry(result: TrialResult, problem: PeerProblem, plan: PruningPlan, started:
     """A row of the ledger as a candidate of the log."""
     assert result.accuracy is not None and result.finished_at is not None
     assert result.macs is not None and result.num_params is not None
-    model = apply(copy.deepcopy(problem.dense), plan, _like(result, plan))
+    model = prune(problem.dense, plan, _like(result, plan))
     return Entry(
         label=result.trial_id,
         seconds=result.finished_at - started,

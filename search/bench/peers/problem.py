@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ....methods.finetune import finetune, recalibrate_batch_norm
+from ....methods.layout import prefer_channels_last
 from ....methods.tasks.classification import ClassificationTask
 from ...config import SearchConfig, dump_config, load_config
 from ...setup import load_images, make_model, make_task, pose, prepare_dense, trial_device
@@ -40,8 +41,10 @@ class PeerProblem:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The dense model with its trained weights; nobody changes it."""
-        return make_model(self.config, self.task.num_classes).to(self.task.device)
+        """The dense model with its trained weights, laid out as trials have it; a constant."""
+        model = make_model(self.config, self.task.num_classes).to(self.task.device)
+        prefer_channels_last(model, self.task.example_input(2))
+        return model
 
     @property
     def baseline(self) -> dict[str, Any]:
