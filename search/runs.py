@@ -260,7 +260,7 @@ def _execute(
 ) -> Run:
     from .coordinator import Coordinator
     from .seeds import default_seeds
-    from .sensitivity import measure_sensitivity
+    from .sensitivity import costs_of, measure_sensitivity
     from .setup import make_space, pose, prepare_dense
 
     progress = progress or Progress.silent()
@@ -293,7 +293,7 @@ def _execute(
             fleet = Fleet(problem, baseline.accuracy, folder)
         with clock("reference_s"):
             baseline = _with_reference(baseline, fleet, folder, progress)
-        seeds = default_seeds(space, config, table)
+        seeds = default_seeds(space, config, table, costs_of(problem, space, table))
         coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds)
         with clock("trials_s"), progress.live(coordinator):
             try:

@@ -3,6 +3,9 @@
 Every level (a block dropped, one keep fraction lowered) is tried by itself on the dense model,
 with batch-norm recalibration and no training. The damages add up to a prediction of any
 combination: a start for the search (seeds.py) and for its model of the accuracy.
+
+Damage is the logarithm of (loss / dense loss). On digits with ResNet-20 its sum ranks random
+combinations better than sums of loss increases, of accuracy drops or of log-odds do.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ TRAINING = 3  # a training step costs so many forward passes
 LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
 UNIFORM = 0.6  # where criteria are compared with each other
 FLOOR = 1e-3  # accuracies this near to 0 or 1 have no finite log-odds
+BY_MACS = ("macs", "latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup", "peak_memory_mib")
+SMALLEST_LOSS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -106,37 +111,39 @@ class SensitivityTable:
     def predict(self, params: Mapping[str, Any]) -> Prediction:
         """Accuracy and loss of a candidate after batch-norm recalibration, before training.
 
-        The damages of its dimensions add up: increases of the loss, and decreases of the
-        accuracy's log-odds. A dimension without entries has none. Between two levels, and beyond
-        the last one, the damage is linear; it never falls as more is removed.
-
         Args:
             params: As `Space.suggest` returns them.
         """
-        odds, loss = self.damage(params)
-        return Prediction(_accuracy(_log_odds(self.accuracy) - odds), self.loss + loss)
+        damage = self.damage(params)
+        accuracy = _accuracy(_log_odds(self.accuracy) - self._odds_per_damage * damage)
+        return Prediction(accuracy, self.loss * math.exp(damage))
 
-    def damage(self, params: Mapping[str, Any]) -> tuple[float, float]:
-        """The summed decrease of the accuracy's log-odds, and the summed increase of the loss."""
+    def damage(self, params: Mapping[str, Any]) -> float:
+        """log(loss / dense loss) that the dimensions of a candidate add up to.
+
+        A dimension without entries adds none. Between two levels, and beyond the last one, damage
+        grows with the square of what is removed; it never falls as more is.
+        """
         dropped = self.dropped(params)
-        total = [0.0, 0.0]
-        for block in dropped:
-            self._add(total, block_name(block), 1.0, 1.0)
+        total = sum(self.level_damage(block_name(block), 1.0) for block in dropped)
         if NUM_BLOCKS in params:
-            self._add(total, NUM_BLOCKS, float(params[NUM_BLOCKS]), 1.0)
+            total += self.level_damage(NUM_BLOCKS, float(params[NUM_BLOCKS]))
         factor = self.factors.get(str(params.get(CRITERION)), 1.0)
         for name, value in params.items():
             if name in self._channel_dimensions:
-                self._add(total, name, float(value), factor * self._alive(name, dropped))
-        rule = f"select:{params.get(SELECT)}"
-        if rule in self._channel_dimensions:
-            self._add(total, rule, 1.0, factor)
-        return total[0], total[1]
+                weight = factor * self._alive(name, dropped)
+                total += weight * self.level_damage(name, float(value))
+        return total + factor * self.level_damage(f"{SELECT}:{params.get(SELECT)}", 1.0)
 
-    def level_damage(self, dimension: str, value: float) -> tuple[float, float] | None:
-        """Damage of one level alone, as `damage`; None where the dimension has no entries."""
+    def level_damage(self, dimension: str, value: float) -> float:
+        """The damage of one level alone; 0 where the dimension has no entries."""
         curve = self._curves.get(dimension)
-        return None if curve is None else curve(value)
+        return 0.0 if curve is None else curve(value)
+
+    @property
+    def dimensions(self) -> frozenset[str]:
+        """Those that have entries."""
+        return frozenset(self._curves)
 
     def dropped(self, params: Mapping[str, Any]) -> tuple[str, ...]:
         """The blocks that a mask drops, as `Space.candidate` sees them."""
@@ -153,74 +160,56 @@ class SensitivityTable:
         entries = tuple(Entry(**entry) for entry in data["entries"])
         return cls(**{**data, "entries": entries, "blocks": tuple(data["blocks"])})
 
-    def _add(self, total: list[float], name: str, value: float, weight: float) -> None:
-        curve = self._curves.get(name)
-        if curve is not None and weight > 0:
-            odds, loss = curve(value)
-            total[0] += weight * odds
-            total[1] += weight * loss
-
     def _alive(self, dimension: str, dropped: Sequence[str]) -> float:
         lost = self.lost.get(dimension)
         return 1.0 - sum(lost.get(block, 0.0) for block in dropped) if lost else 1.0
 
     @cached_property
     def _channel_dimensions(self) -> frozenset[str]:
-        return frozenset(
-            name
-            for name in self._curves
-            if name != NUM_BLOCKS and not name.startswith(block_name(""))
-        )
+        return frozenset(name for name in self._curves if neutral(name) == 1.0)
 
     @cached_property
     def _curves(self) -> dict[str, _Curve]:
-        levels: dict[str, list[Entry]] = {}
+        levels: dict[str, list[tuple[float, float]]] = {}
         for entry in self.entries:
-            levels.setdefault(entry.dimension, []).append(entry)
-        return {
-            name: _Curve(
-                neutral(name),
-                [entry.value for entry in found],
-                [_log_odds(self.accuracy) - _log_odds(entry.accuracy) for entry in found],
-                [entry.loss - self.loss for entry in found],
-            )
-            for name, found in levels.items()
-        }
+            levels.setdefault(entry.dimension, []).append((entry.value, self._damage_of(entry)))
+        return {name: _Curve(neutral(name), found) for name, found in levels.items()}
+
+    @cached_property
+    def _odds_per_damage(self) -> float:
+        """How far the accuracy's log-odds fall with the damage: least squares over the entries."""
+        damages = [self._damage_of(entry) for entry in self.entries]
+        falls = [_log_odds(self.accuracy) - _log_odds(entry.accuracy) for entry in self.entries]
+        squares = sum(damage**2 for damage in damages)
+        product = sum(damage * fall for damage, fall in zip(damages, falls, strict=True))
+        return max(0.0, product / squares) if squares else 1.0
+
+    def _damage_of(self, entry: Entry) -> float:
+        return _log_ratio(entry.loss, self.loss)
 
 
 class _Curve:
-    """Damage over the levels of one dimension: piecewise linear, zero at the neutral level.
+    """Damage over the levels of one dimension, zero at the neutral level.
 
-    A point's place is its distance from the neutral level; what noise made smaller than the
+    Linear in the square of the distance from the neutral level. What noise made smaller than the
     damage of a lesser removal is raised to it.
     """
 
-    def __init__(
-        self, neutral: float, values: list[float], odds: list[float], losses: list[float]
-    ) -> None:
+    def __init__(self, neutral: float, levels: Sequence[tuple[float, float]]) -> None:
         self._neutral = neutral
-        points = sorted(
-            (abs(value - neutral), o, loss)
-            for value, o, loss in zip(values, odds, losses, strict=True)
-        )
-        self._places, self._odds, self._losses = [0.0], [0.0], [0.0]
-        for place, o, loss in points:
+        self._places, self._damages = [0.0], [0.0]
+        for place, damage in sorted(((value - neutral) ** 2, damage) for value, damage in levels):
             if place > self._places[-1]:
                 self._places.append(place)
-                self._odds.append(max(o, self._odds[-1]))
-                self._losses.append(max(loss, self._losses[-1]))
+                self._damages.append(max(damage, self._damages[-1]))
 
-    def __call__(self, value: float) -> tuple[float, float]:
-        place = abs(value - self._neutral)
+    def __call__(self, value: float) -> float:
+        place = (value - self._neutral) ** 2
         if place == 0 or len(self._places) == 1:
-            return 0.0, 0.0
-        right = min(max(bisect.bisect_left(self._places, place), 1), len(self._places) - 1)
-        x0, x1 = self._places[right - 1 : right + 1]
-        share = (place - x0) / (x1 - x0)
-        return tuple(  # type: ignore[return-value]
-            ys[right - 1] + share * (ys[right] - ys[right - 1])
-            for ys in (self._odds, self._losses)
-        )
+            return 0.0
+        right = min(bisect.bisect_left(self._places, place), len(self._places) - 1)
+        (x0, x1), (y0, y1) = (v[right - 1 : right + 1] for v in (self._places, self._damages))
+        return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
 
 
 def neutral(dimension: str) -> float:
@@ -259,6 +248,20 @@ class Costs:
         count = self.layers.num_params(keep, candidate.dropped_blocks)
         return round(count * self._by_scores(candidate, "num_params"))
 
+    def objective(
+        self, objectives: Mapping[str, str]
+    ) -> tuple[str, Callable[[Mapping[str, Any]], float]] | None:
+        """The first objective that can be told from the parameters alone, and how.
+
+        Latency, speedup and memory are told by the MACs.
+        """
+        for name in objectives:
+            if name == "num_params":
+                return name, self.num_params
+            if name in BY_MACS:
+                return "macs", self.macs
+        return None
+
     def _by_scores(self, candidate: Candidate, metric: str) -> float:
         """The fraction that stays where widths depend on scores: between the measured levels."""
         rule, k = candidate.select, candidate.k
@@ -281,6 +284,12 @@ class Costs:
         right = max(1, bisect.bisect_left([p[0] for p in points], k))
         (x0, y0), (x1, y1) = points[right - 1], points[min(right, len(points) - 1)]
         return float(y0 if x1 == x0 else y0 + (k - x0) / (x1 - x0) * (y1 - y0))
+
+
+def costs_of(problem: Problem, space: Space, table: SensitivityTable | None = None) -> Costs:
+    """The costs of a run's candidates."""
+    layers = LayerCosts(problem.model, problem.plan, problem.task.example_input())
+    return Costs(space, layers, table)
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -474,15 +483,15 @@ def _entry(level: Level, candidate: Candidate, context: TrialContext, costs: Lay
 
 def _factors(dense: Entry, measured: Sequence[Entry], reference: str | None) -> dict[str, float]:
     start = len(f"{CRITERION}:")
-    losses = {
-        e.dimension[start:]: e.loss - dense.loss
-        for e in measured
-        if e.dimension.startswith(f"{CRITERION}:")
+    damages = {
+        entry.dimension[start:]: _log_ratio(entry.loss, dense.loss)
+        for entry in measured
+        if entry.dimension.startswith(f"{CRITERION}:")
     }
-    base = losses.get(str(reference), 0.0)
+    base = damages.get(str(reference), 0.0)
     if base <= 0:
         return {}
-    return {name: min(max(loss / base, 0.1), 10.0) for name, loss in losses.items()}
+    return {name: min(max(damage / base, 0.25), 4.0) for name, damage in damages.items()}
 
 
 def _lost(space: Space) -> dict[str, dict[str, float]]:
@@ -496,6 +505,10 @@ def _lost(space: Space) -> dict[str, dict[str, float]]:
             if gone:
                 found.setdefault(name, {})[block] = gone / len(layers)
     return found
+
+
+def _log_ratio(loss: float, dense: float) -> float:
+    return math.log(max(loss, SMALLEST_LOSS) / max(dense, SMALLEST_LOSS))
 
 
 def _log_odds(accuracy: float) -> float:

@@ -57,25 +57,35 @@ def table() -> SensitivityTable:
     )
 
 
-def test_damages_add_up_in_the_loss_and_in_the_log_odds_of_the_accuracy(table):
+def test_log_losses_add_up(table):
     found = table.predict(
         {"drop:a": True, "drop:b": False, "criterion": "fgp", "keep:stage1": 0.5}
     )
     # a quarter of stage1's groups are in block a, so three quarters of its damage stay
-    assert found.loss == pytest.approx(0.3 + 0.2 + 0.75 * 0.6)
-    drop = (odds(0.9) - odds(0.8)) + 0.75 * (odds(0.9) - odds(0.7))
-    assert odds(found.accuracy) == pytest.approx(odds(0.9) - drop)
+    assert found.loss == pytest.approx(0.3 * (0.5 / 0.3) * (0.9 / 0.3) ** 0.75)
 
 
-def test_the_damage_is_linear_between_levels_and_never_falls_as_more_goes(table):
-    def loss(keep: float, criterion: str = "fgp") -> float:
-        return table.predict({"criterion": criterion, "keep:stage1": keep}).loss - 0.3
+def test_accuracy_follows_the_loss_along_the_entries(table):
+    damages = [math.log(e.loss / 0.3) for e in table.entries]
+    falls = [odds(0.9) - odds(e.accuracy) for e in table.entries]
+    slope = sum(d * f for d, f in zip(damages, falls, strict=True)) / sum(d * d for d in damages)
+    found = table.predict({"drop:a": True})
+    assert odds(found.accuracy) == pytest.approx(odds(0.9) - slope * math.log(0.5 / 0.3))
 
-    assert loss(1.0) == 0 and loss(0.75) == pytest.approx(0.1) and loss(0.5) == pytest.approx(0.6)
-    assert loss(0.875) == pytest.approx(0.05) and loss(0.625) == pytest.approx(0.35)
-    assert loss(0.25) == pytest.approx(0.6) == loss(0.1)
-    assert loss(0.75, "random") == pytest.approx(0.2)
-    assert loss(0.75, "unknown") == pytest.approx(0.1)
+
+def test_the_damage_grows_with_the_square_between_levels_and_never_falls(table):
+    def damage(keep: float, criterion: str = "fgp") -> float:
+        return table.damage({"criterion": criterion, "keep:stage1": keep})
+
+    first, second = math.log(0.4 / 0.3), math.log(0.9 / 0.3)
+    assert damage(1.0) == 0
+    assert damage(0.75) == pytest.approx(first) and damage(0.5) == pytest.approx(second)
+    assert damage(0.875) == pytest.approx(first / 4)
+    share = (0.375**2 - 0.25**2) / (0.5**2 - 0.25**2)
+    assert damage(0.625) == pytest.approx(first + share * (second - first))
+    assert damage(0.25) == pytest.approx(second) == damage(0.1)
+    assert damage(0.75, "random") == pytest.approx(2 * first)
+    assert damage(0.75, "unknown") == pytest.approx(first)
 
 
 def test_noise_that_helps_and_what_was_not_measured_cost_nothing(table):
