@@ -324,6 +324,8 @@ def measure_sensitivity(
         return SensitivityTable.from_json(read_json(path))
     if not (config.search.seeds and config.search.sensitivity):
         return None
+    if any((run_dir / "trials").glob("*.parquet")):
+        return None  # resumed: its trials began without a table, and must go on alike
     chosen = levels(space)[: max_evaluations(config, problem) - 1]
     if not chosen:
         return None
