@@ -26,7 +26,7 @@ from ...methods.groups import plan_pruning
 from ...methods.models.build import build_model
 from ..config import SearchConfig, parse_config
 from ..context import TrialSpec
-from ..coordinator import Coordinator
+from ..coordinator import COMPACT_EVERY, Coordinator
 from ..driver import run_trials
 from ..environment import environment
 from ..records import TrialResult
@@ -34,7 +34,8 @@ from ..setup import Baseline
 from ..space import Space
 from .noop import NoOp
 
-WINDOW = 100  # the last trials before each size are timed
+WINDOW = COMPACT_EVERY  # the last trials before each size are timed, one compaction among them
+MOST = 99_999  # trials: the names have five digits
 START_S = 480.0  # after so long the workers that are up are measured
 BASELINE = Baseline(0.9, 0.3, 10**6, 10**5, 10.0, "invented", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2")
@@ -107,8 +108,8 @@ def engine_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def growth(sampler: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The last trials before each size, in one run on one worker."""
-    with engine(sampler, max(sizes)) as coordinator:
+    """The last trials before each size, in one run on one worker; duplicates do not count."""
+    with engine(sampler) as coordinator:
         coordinator.look_at(sizes)
         _run(coordinator, 1, (0.0, 0.0))
         rows = [_window(coordinator, size) | {"sampler": sampler} for size in sizes]
@@ -121,7 +122,7 @@ def growth(sampler: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 def workers(slots: int, seconds: float, sleep_s: tuple[float, float] = (0.5, 0.5)) -> Any:
     """How busy `slots` workers are over so many seconds once all are up."""
-    with engine(default_sampler(), 10**5 - 1, slots=slots, seconds=seconds) as coordinator:
+    with engine(default_sampler(), slots=slots, seconds=seconds) as coordinator:
         start = time.time()
         _run(coordinator, slots, sleep_s)
         nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
@@ -175,13 +176,14 @@ class _Timed(Coordinator):
         super().__init__(*arguments)
 
     def look_at(self, sizes: Sequence[int]) -> None:
-        """Notes the memory when so many trials have ended."""
+        """Notes the memory when so many trials have ended, and stops at the last."""
         self._sizes = tuple(sizes)
 
     @property
     def done(self) -> bool:
-        """Also when the measured time is over."""
-        return (self._stop_at is not None and time.time() > self._stop_at) or super().done
+        """Also when the measured time is over, or the last size is reached."""
+        over = self._stop_at is not None and time.time() > self._stop_at
+        return over or self._sizes[-1:] == (len(self.ends),) or super().done
 
     def next(self) -> TrialSpec | None:
         """Timed."""
@@ -212,16 +214,14 @@ class _Timed(Coordinator):
 
 
 @contextmanager
-def engine(
-    sampler: str, trials: int, slots: int = 1, seconds: float | None = None
-) -> Iterator[_Timed]:
+def engine(sampler: str, slots: int = 1, seconds: float | None = None) -> Iterator[_Timed]:
     """A coordinator over a real space of ResNet-20 and a ledger in a folder of its own."""
     config = parse_config(
         {
             "model": {"name": "resnet20"},
             "data": {"name": "digits"},
-            "space": {"criteria": ["magnitude_l1", "fgp"], "keep": {"per": "stage"}},
-            "search": {"sampler": sampler, "trials": trials, "seeds": False},
+            "space": {"criteria": ["magnitude_l1", "fgp"], "keep": {"per": "group"}},
+            "search": {"sampler": sampler, "trials": MOST, "seeds": False},
         }
     )
     plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 32, 32))
