@@ -161,6 +161,7 @@ class _Surrogate:
                 proposal.params,
                 proposal.candidate,
                 {name: value for name, value in measured.items() if value is not None},
+                result.accuracy_before_finetune,
             )
 
     def propose(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..records import Candidate
-from ..space import DSD, Space
+from ..space import DSD, Params, Space
 
 Array = npt.NDArray[np.float64]
+Point = tuple[Params, Candidate]
+Hints = Callable[[Params, Candidate], Sequence[float]]
+"""What is known of a candidate before it is tried, as numbers of about 0..1, in a fixed order."""
 
 
 class Encoder:
@@ -18,11 +21,16 @@ class Encoder:
 
     Kinds: which blocks stay; the fraction of channels that each group has left (0 in a dropped
     block; where scores decide it, what the rule asks of the model as a whole); criterion; rule
-    and its numbers.
+    and its numbers; hints.
+
+    Args:
+        space: The search space.
+        hints: What is known without a trial, such as the MACs; None where nothing is.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, hints: Hints | None = None) -> None:
         self._space = space
+        self._hints = hints or (lambda params, candidate: ())
         self._blocks = space.block_order
         self._groups = [group.name for group in space.plan.groups]
         self._internal = np.array([group.internal for group in space.plan.groups], dtype=bool)
@@ -30,14 +38,18 @@ class Encoder:
         self._rules = sorted({*space.config.select} | ({"global"} & {*self._criteria}))
         self._alive: dict[tuple[str, ...], Array] = {}
         sizes = [len(self._blocks), len(self._groups), len(self._criteria), len(self._rules) + 4]
-        ends = np.cumsum(sizes)
-        self.kinds = [
-            slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True) if size
-        ]
+        ends = np.cumsum(sizes).tolist()
+        self._fixed = [slice(e - n, e) for e, n in zip(ends, sizes, strict=True) if n]
 
-    def encode(self, candidates: Sequence[Candidate]) -> Array:
-        """Features, [num_candidates, num_features], each in 0..1."""
-        return np.array([self._row(candidate) for candidate in candidates], dtype=np.float64)
+    def kinds(self, num_features: int) -> list[slice]:
+        """The columns of each kind in rows of `num_features`; what follows the rule is hints."""
+        end = self._fixed[-1].stop
+        return [*self._fixed, *([slice(end, num_features)] if num_features > end else [])]
+
+    def encode(self, points: Sequence[Point]) -> Array:
+        """Features, [num_points, num_features], each about in 0..1."""
+        rows = [[*self._row(c), *self._hints(params, c)] for params, c in points]
+        return np.array(rows, dtype=np.float64)
 
     def _row(self, c: Candidate) -> list[float]:
         stays = [float(block not in c.dropped_blocks) for block in self._blocks]

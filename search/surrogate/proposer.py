@@ -11,11 +11,11 @@ import numpy.typing as npt
 from scipy.stats import norm
 
 from ..front import non_dominated
-from ..metrics import METRICS, Constraint
+from ..metrics import Constraint
 from ..records import Candidate
 from ..space import Params, Space
 from .acquisition import expected_improvement, normal_samples
-from .features import Encoder
+from .features import Encoder, Hints, Point
 from .gp import GaussianProcess, Hyperparameters
 from .variation import Variation
 
@@ -25,16 +25,27 @@ Measured = Mapping[str, float]  # metric -> value
 FEWEST = 6  # observations before the models are of use
 REFIT_GROWTH = 1.25  # hyperparameters are found anew whenever there is a quarter more data
 MOST = 600  # observations that a model reads: the front and the latest
+RIDGE = 2.0  # observations that the slope's prior counts as
 ROUNDS, RANDOM, CHILDREN, PARENTS = 3, 60, 140, 30
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A finished trial: its parameters, its candidate and the metrics that were measured."""
+    """A trial that has ended, or waits: its parameters, its candidate and what was measured.
+
+    A trial that stopped before its whole budget lacks the metrics that training changes; `early`
+    is its accuracy before any training, which every trial has.
+    """
 
     params: Params
     candidate: Candidate
     metrics: Measured
+    early: float | None = None
+
+    @property
+    def point(self) -> Point:
+        """What the encoder reads."""
+        return self.params, self.candidate
 
 
 class SurrogateProposer:
@@ -45,6 +56,7 @@ class SurrogateProposer:
         objectives: Metric -> direction.
         constraints: Bounds; a candidate counts by how likely it is to hold them.
         reference: Metric -> the worst value that counts, see `front.reference_point`.
+        hints: What is known of a candidate without a trial.
     """
 
     def __init__(
@@ -53,18 +65,19 @@ class SurrogateProposer:
         objectives: Mapping[str, str],
         constraints: Sequence[Constraint],
         reference: Mapping[str, float],
+        hints: Hints | None = None,
     ) -> None:
         self._space = space
         self._objectives = dict(objectives)
         self._constraints = list(constraints)
         self._reference = dict(reference)
-        self._encoder = Encoder(space)
-        self._fitted: dict[str, tuple[int, Hyperparameters]] = {}
+        self._encoder = Encoder(space, hints)
+        self._fitted: dict[tuple[str, bool], tuple[int, Hyperparameters]] = {}
 
     def propose(
         self,
         observations: Sequence[Observation],
-        running: Sequence[tuple[Params, Candidate]],
+        running: Sequence[Point],
         taken: Collection[Candidate],
         seed: int,
     ) -> Params:
@@ -78,9 +91,10 @@ class SurrogateProposer:
         """
         rng = np.random.default_rng(seed)
         variation = Variation(self._space, rng)
-        if len(observations) < FEWEST:
+        whole = [o for o in observations if all(m in o.metrics for m in self._metrics)]
+        if len(whole) < FEWEST:
             return self._unseen(variation.random, taken)
-        models = {name: self._model(name, observations) for name in self._metrics}
+        models = self._models(observations, ladder=len(whole) < len(observations))
         return self._search(models, observations, running, taken, variation, rng)
 
     @property
@@ -96,48 +110,70 @@ class SurrogateProposer:
 
     # --- the models -------------------------------------------------------------------------
 
-    def _model(self, metric: str, observations: Sequence[Observation]) -> _Model:
-        known = [o for o in observations if metric in o.metrics]
-        scale = _SCALES.get(metric, _LOG)
-        hyperparameters = self._hyperparameters(metric, known, scale)
-        return self._fit(known[-MOST:], metric, scale, hyperparameters)
+    def _models(self, observations: Sequence[Observation], *, ladder: bool) -> _Models:
+        """One model a metric; where trials stop early, these read what is expected of them early.
 
-    def _fit(
+        So the trials that stopped teach too (recursive co-kriging: Le Gratiet and Garnier 2014,
+        arXiv:1210.0686): the accuracy before training, which all trials have, is modelled first,
+        and the others are modelled as what they deviate from its trend.
+        """
+        early = None
+        if ladder:
+            tried = [o for o in observations if o.early is not None]
+            early = self._model(_EARLY, tried, [o.early or 0.0 for o in tried], with_early=False)
+        by_metric = {}
+        for metric in self._metrics:
+            known = [o for o in observations if metric in o.metrics]
+            known = [o for o in known if not ladder or o.early is not None]
+            values = [o.metrics[metric] for o in known]
+            by_metric[metric] = self._model(metric, known, values, with_early=ladder)
+        return _Models(self._encoder, early, by_metric)
+
+    def _model(
         self,
-        known: Sequence[Observation],
         metric: str,
-        scale: _Scale,
-        hyperparameters: Hyperparameters | None,
+        known: Sequence[Observation],
+        values: Sequence[float],
+        *,
+        with_early: bool,
     ) -> _Model:
-        features = self._encoder.encode([o.candidate for o in known])
-        targets = np.array([scale.forward(o.metrics[metric]) for o in known])
-        gp = GaussianProcess(features, targets, self._encoder.kinds, hyperparameters)
-        return _Model(gp, scale)
+        """Hyperparameters come from the first so-many trials: a resumed search finds the same."""
+        scale = _SCALES.get(metric, _LOG)
+        features = self._encoder.encode([o.point for o in known])
+        targets = np.array([scale.forward(value) for value in values])
+        early = np.array([_LOGIT.forward(o.early or 0.0) for o in known]) if with_early else None
+        if early is not None:
+            features = np.column_stack([features, early])
+        kinds = self._encoder.kinds(features.shape[1])
 
-    def _hyperparameters(
-        self, metric: str, known: Sequence[Observation], scale: _Scale
-    ) -> Hyperparameters:
-        """Fitted on the first so-many observations, so that a resumed search finds the same."""
-        milestone = _milestone(len(known))
-        if self._fitted.get(metric, (0, None))[0] != milestone:
-            gp = self._fit(known[:milestone][-MOST:], metric, scale, None).gp
-            self._fitted[metric] = milestone, gp.fit_hyperparameters()
-        return self._fitted[metric][1]
+        def residual(rows: slice) -> tuple[_Trend, Array]:
+            trend = _Trend() if early is None else _Trend.of(early[rows], targets[rows])
+            return trend, targets[rows] - trend(features[rows])
+
+        milestone, key = _milestone(len(known)), (metric, with_early)
+        if self._fitted.get(key, (0, None))[0] != milestone:
+            first = slice(max(0, milestone - MOST), milestone)
+            gp = GaussianProcess(features[first], residual(first)[1], kinds)
+            self._fitted[key] = milestone, gp.fit_hyperparameters()
+        last = slice(max(0, len(known) - MOST), len(known))
+        trend, rest = residual(last)
+        gp = GaussianProcess(features[last], rest, kinds, self._fitted[key][1])
+        return _Model(gp, scale, trend)
 
     # --- the search -------------------------------------------------------------------------
 
     def _search(
         self,
-        models: Mapping[str, _Model],
+        models: _Models,
         observations: Sequence[Observation],
-        running: Sequence[tuple[Params, Candidate]],
+        running: Sequence[Point],
         taken: Collection[Candidate],
         variation: Variation,
         rng: np.random.Generator,
     ) -> Params:
         costs, parents = self._front(observations)
         if running:
-            expected = self._costs(models, self._encoder.encode([c for _, c in running]), None)
+            expected = self._costs(models, models.features(running), None)
             costs = np.concatenate([costs, expected[0]])
         reference = self._reference_costs()
         normals = normal_samples(len(self._metrics), int(rng.integers(2**31)))
@@ -146,10 +182,10 @@ class SurrogateProposer:
             drawn = [variation.random() for _ in range(RANDOM if turn == 0 else 0)]
             drawn += [self._child(parents, variation, rng) for _ in range(CHILDREN)]
             new = {self._space.candidate(p): p for p in drawn}
-            fresh = [c for c in new if c not in pool and c not in taken]
+            fresh = [(p, c) for c, p in new.items() if c not in pool and c not in taken]
             if fresh:
                 gains = self._gains(models, fresh, costs, reference, normals)
-                pool |= {c: (g, new[c]) for c, g in zip(fresh, gains, strict=True)}
+                pool |= {c: (g, p) for (p, c), g in zip(fresh, gains, strict=True)}
             best = sorted(pool.values(), key=lambda item: -item[0])[:PARENTS]
             parents = [params for _, params in best] or parents
         if not pool:
@@ -167,26 +203,24 @@ class SurrogateProposer:
 
     def _gains(
         self,
-        models: Mapping[str, _Model],
-        candidates: Sequence[Candidate],
+        models: _Models,
+        points: Sequence[Point],
         front: Array,
         reference: Array,
         normals: Array,
     ) -> list[float]:
-        features = self._encoder.encode(candidates)
+        features = models.features(points)
         samples = self._costs(models, features, normals)
         gains = expected_improvement(samples, front, reference)
         for constraint in self._constraints:
-            gains = gains * models[constraint.metric].probability(constraint, features)
+            gains = gains * models.by_metric[constraint.metric].probability(constraint, features)
         return [float(gain) for gain in gains]
 
-    def _costs(
-        self, models: Mapping[str, _Model], features: Array, normals: Array | None
-    ) -> Array:
+    def _costs(self, models: _Models, features: Array, normals: Array | None) -> Array:
         """Objectives as costs, [samples, candidates, objectives]; the medians without normals."""
         columns = []
         for index, (metric, direction) in enumerate(self._objectives.items()):
-            drawn = models[metric].samples(
+            drawn = models.by_metric[metric].samples(
                 features, None if normals is None else normals[:, index]
             )
             columns.append(-drawn if direction == "maximize" else drawn)
@@ -244,24 +278,64 @@ _LOGIT = _Scale(
 )
 _LOG = _Scale(lambda v: math.log(max(v, 1e-12)), lambda z: np.exp(z))
 _PLAIN = _Scale(lambda v: v, lambda z: z)
-_SCALES = {"accuracy": _LOGIT, "accuracy_drop": _PLAIN}
-assert _SCALES.keys() <= METRICS.keys()
+_EARLY = "accuracy_before_finetune"
+_SCALES = {"accuracy": _LOGIT, _EARLY: _LOGIT, "accuracy_drop": _PLAIN}
+
+
+@dataclass(frozen=True)
+class _Models:
+    encoder: Encoder
+    early: _Model | None
+    by_metric: Mapping[str, _Model]
+
+    def features(self, points: Sequence[Point]) -> Array:
+        """What the metrics' models read of candidates that were not tried."""
+        features = self.encoder.encode(points)
+        if self.early is None:
+            return features
+        return np.column_stack([features, self.early.distribution(features)[0]])
+
+
+@dataclass(frozen=True)
+class _Trend:
+    """A metric that follows the last feature, in a line; none by default."""
+
+    offset: float = 0.0
+    slope: float = 0.0
+
+    @classmethod
+    def of(cls, early: Array, targets: Array) -> _Trend:
+        """Least squares, with a slope that little data pulls to 1 (in standard deviations)."""
+        x, y = early - early.mean(), targets - targets.mean()
+        spread = float(x.std()) or 1.0
+        pull = RIDGE * spread**2
+        slope = (float(x @ y) + pull * float(y.std()) / spread) / (float(x @ x) + pull)
+        return cls(float(targets.mean() - slope * early.mean()), slope)
+
+    def __call__(self, features: Array) -> Array:
+        return self.offset + self.slope * features[:, -1]
 
 
 @dataclass(frozen=True)
 class _Model:
     gp: GaussianProcess
     scale: _Scale
+    trend: _Trend
+
+    def distribution(self, features: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation on the metric's scale, [candidates] each."""
+        mean, deviation = self.gp.predict(features)
+        return mean + self.trend(features), deviation
 
     def samples(self, features: Array, normals: Array | None) -> Array:
         """[samples, candidates]; one row of medians without normals."""
-        mean, deviation = self.gp.predict(features)
+        mean, deviation = self.distribution(features)
         z = np.zeros(1) if normals is None else normals
         return self.scale.inverse(mean + z[:, None] * deviation)
 
     def probability(self, constraint: Constraint, features: Array) -> Array:
         """How likely each candidate holds the bound, [candidates]."""
-        mean, deviation = self.gp.predict(features)
+        mean, deviation = self.distribution(features)
         below = norm.cdf((self.scale.forward(constraint.bound) - mean) / deviation)
         return np.asarray(below if constraint.op[0] == "<" else 1 - below)
 
