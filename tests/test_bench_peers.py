@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from prunesearch.search.bench.peers.log import (
     count_failures,
     read_log,
 )
-from prunesearch.search.bench.peers.ours import entry
+from prunesearch.search.bench.peers.ours import _interrupted_after, entry
 from prunesearch.search.bench.peers.problem import PeerProblem, pose_problem
 from prunesearch.search.bench.peers.registry import METHODS, Method, check_methods
 from prunesearch.search.config import ConfigError, load_config
@@ -212,6 +213,13 @@ def test_a_method_that_breaks_says_why(
     with pytest.raises(RuntimeError, match="no such thing"):
         peers_run._run_method("fastnas", problem, tmp_path / "m", seconds=1e6)
     assert not (tmp_path / "m" / "done.json").exists()
+
+
+def test_search_ends_when_the_time_is_over() -> None:
+    with _interrupted_after(0.01):
+        while True:
+            time.sleep(1)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_every_method_has_a_module() -> None:

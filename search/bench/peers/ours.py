@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ....methods.surgery import PruningPlan, Recipe, prune
 from ...records import TrialResult, TrialStatus
-from ...runs import Run
+from ...runs import CONFIG, Run
 from ...runs import run as run_search
 from ...setup import find_groups
 from .log import Architecture, Entry, Log
@@ -17,7 +19,7 @@ SEARCH = "search"
 
 
 def run(problem: PeerProblem, log: Log, *, seconds: float) -> None:
-    """Searches until no time is left for another trial, then writes the log.
+    """Searches until the time is over, then writes the log.
 
     Args:
         problem: What is pruned.
@@ -27,10 +29,14 @@ def run(problem: PeerProblem, log: Log, *, seconds: float) -> None:
     config = problem.config
     left = max(1.0, seconds - log.seconds())
     limited = config.search.model_copy(update={"time_limit_s": left})
-    done = run_search(config.model_copy(update={"search": limited}), out=log.folder / SEARCH)
+    folder = log.folder / SEARCH
+    with _interrupted_after(left):
+        run_search(config.model_copy(update={"search": limited}), out=folder)
+    if not (folder / CONFIG).exists():
+        return  # the time was over before the search had begun
     plan = find_groups(config, problem.dense, problem.task.example_input(2))
     started = time.time() - log.seconds()
-    for result in done.results():
+    for result in Run(folder).results():
         if result.status is TrialStatus.COMPLETED:
             log.add(entry(result, problem, plan, started))
 
@@ -50,9 +56,21 @@ def entry(result: TrialResult, problem: PeerProblem, plan: PruningPlan, started:
     )
 
 
-def finished_trials(folder: Path) -> int:
-    """Trials of a method's search, in time or not."""
-    return len(Run(folder / SEARCH).results())
+@contextmanager
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """As if the user stopped the search then: `time_limit_s` lets the last trials end."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass  # what was finished is in the ledger
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _like(result: TrialResult, plan: PruningPlan) -> Recipe:
