@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -87,13 +89,14 @@ def bench_engine_command(
     sizes, default_sizes = _sizes("--trials", trials), _sizes("--default-trials", default_trials)
     from .bench.engine import bench_engine, engine_tables
 
-    result = bench_engine(
-        sizes=sizes,
-        default_sizes=default_sizes,
-        pair_s=pair_s,
-        slots=slots if cluster else None,
-        say=lambda message: err.print(message, highlight=False),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # Ray's warnings do not belong into the JSON
+        result = bench_engine(
+            sizes=sizes,
+            default_sizes=default_sizes,
+            pair_s=pair_s,
+            slots=slots if cluster else None,
+            say=lambda message: err.print(message, highlight=False),
+        )
     if as_json:
         out.print_json(json.dumps(result))
     else:
