@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 import weakref
@@ -43,6 +44,16 @@ class Latency:
     latency_ms: float
     latency_ms_p10: float
     latency_ms_p90: float
+
+    def at(self, reference_ms: float) -> Latency:
+        """The same ratios on a device where the dense model takes `reference_ms`."""
+        factor = reference_ms / (self.speedup * self.latency_ms)
+        return dataclasses.replace(
+            self,
+            latency_ms=factor * self.latency_ms,
+            latency_ms_p10=factor * self.latency_ms_p10,
+            latency_ms_p90=factor * self.latency_ms_p90,
+        )
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import threading
+import math
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,23 @@ import ray
 import torch
 from ray import tune
 from safetensors.torch import save
+from torch import nn
 
 from ..methods.layout import prefer_channels_last
 from ..methods.measure import Latency, paired_latency, reference_latency_ms
 from ..methods.surgery import Recipe, layer_widths, prune
-from .cache import LEASE_S, SHARED, Cache, Made, address
+from .cache import SHARED, Cache, Made, Shared, sharing, user_shelf
 from .config import SearchConfig
-from .context import Shared, TrialContext, TrialSpec
+from .context import TrialContext, TrialSpec
+from .digests import latency_basis
 from .environment import fingerprint
+from .finished import FinishedTrials
 from .records import Candidate
 from .setup import find_groups, load_state, make_model, make_task, trial_device, unpack_images
+from .shelf import Packed, address
 from .store import atomic_write_bytes
 from .trial import run_trial
 from .watchdog import watchdog
-
-POLL_S = 0.2  # between two questions whether another trial's result is there
 
 
 class Worker(tune.Trainable):
@@ -60,6 +60,8 @@ class Worker(tune.Trainable):
             baseline_accuracy=parts["baseline_accuracy"],
             measure_latency=_asks(parts["probe"], parts["reference_ms"]),
             shared=shares(parts["keeper"]),
+            data_digest=parts["data_digest"],
+            finished=_finished(parts["keeper"], search),
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -99,95 +101,105 @@ def _asks(probe: Any, reference_ms: float) -> Callable[[Recipe], tuple[Latency, 
 
 def shares(keeper: Any) -> Shared:
     """Trials' access to the run's cache, which the keeper owns."""
-    owner = uuid.uuid4().hex
-
-    def shared(key: Mapping[str, Any], make: Callable[[], Made]) -> tuple[Made, float]:
-        name, waited = address(key), 0.0
-        while True:
-            task, packed = ray.get(keeper.claim.remote(name, owner))
-            if packed is not None:
-                return Made.unpack(*packed), waited
-            if task == "make":
-                break
-            time.sleep(POLL_S)
-            waited += POLL_S
-        try:
-            with _lease(lambda: keeper.renew.remote(name, owner)):
-                made = make()
-                ray.get(keeper.put.remote(name, *made.pack()))
-        except BaseException:
-            ray.get(keeper.release.remote(name, owner))
-            raise
-        return made, waited
-
-    return shared
+    return sharing(lambda method, *arguments: ray.get(getattr(keeper, method).remote(*arguments)))
 
 
-@contextmanager
-def _lease(renew: Callable[[], Any]) -> Iterator[None]:
-    """Keeps saying that this worker is alive."""
-    over = threading.Event()
+def _finished(keeper: Any, config: SearchConfig) -> FinishedTrials | None:
+    """Trials' access to those that other runs have finished."""
+    if user_shelf(config.cache) is None:
+        return None
 
-    def beat() -> None:
-        while not over.wait(LEASE_S / 4):
-            renew()
+    def find(name: str) -> Packed | None:
+        packed: Packed | None = ray.get(keeper.published.remote(name))
+        return packed
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    def add(name: str, packed: Packed) -> None:
+        ray.get(keeper.publish.remote(name, packed))
+
+    return FinishedTrials(find, add, config.name)
 
 
 class LatencyProbe:
-    """Owns the device that latency is measured on and answers one request at a time."""
+    """Owns the device that latency is measured on and answers one request at a time.
 
-    def __init__(self, sealed_parts: bytes) -> None:
-        parts = ray.cloudpickle.loads(sealed_parts)
-        self._config: SearchConfig = parts["config"]
-        torch.set_num_threads(self._config.latency.threads)
-        self._device = torch.device(self._config.latency.device)
-        task = make_task(self._config, unpack_images(ray.get(parts["images"])), "cpu")
-        dense = make_model(self._config, task.num_classes, trained=False)
-        load_state(dense, ray.get(parts["state"]))
-        self._plan = find_groups(self._config, dense, task.example_input(2))
-        self._dense = dense.eval()
-        self._on_device = copy.deepcopy(dense).to(self._device)
-        self._example = task.example_input(self._config.latency.batch_size).to(self._device)
-        self._known: dict[str, Latency] = {}
+    Its models are fresh ones: no latency depends on what the weights are.
+
+    Args:
+        config: The run's config.
+        num_classes: Outputs of the classifier.
+        image_shape: (channels, height, width).
+        keeper: Name of the actor that remembers what was measured, also for other runs. (Ray warns
+            of a handle here: a lost one would keep the probe from restarting.)
+    """
+
+    def __init__(
+        self, config: SearchConfig, num_classes: int, image_shape: Sequence[int], keeper: str
+    ) -> None:
+        self._config = config
+        self._shared = shares(ray.get_actor(keeper))
+        torch.set_num_threads(config.latency.threads)
+        self._device = torch.device(config.latency.device)
+        self._dense = make_model(config, num_classes, trained=False).eval()
+        self._on_device = copy.deepcopy(self._dense).to(self._device)
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(config.latency.batch_size, *image_shape, generator=generator)
+        self._plan = find_groups(config, self._dense, example[:1].expand(2, -1, -1, -1))
+        self._example = example.to(self._device)
+        self._fingerprint = fingerprint(self._device)
+        self._basis = latency_basis(config, num_classes, image_shape, self._fingerprint)
+        self._known: dict[str, Mapping[str, float]] = {}
 
     def reference(self) -> tuple[float, dict[str, Any]]:
         """The dense model's latency in ms, and this device's fingerprint."""
         latency = self._config.latency
-        reference = reference_latency_ms(
-            self._on_device, self._example, threads=latency.threads, runs=latency.runs
-        )
-        return reference, fingerprint(self._device) | latency.model_dump()
+
+        def measure() -> Made:
+            reference = reference_latency_ms(
+                self._on_device, self._example, threads=latency.threads, runs=latency.runs
+            )
+            return Made(info={"reference_ms": reference, "host": self._fingerprint["host"]})
+
+        made, _ = self._shared({"kind": "reference", **self._basis}, measure)
+        return made.info["reference_ms"], self._fingerprint | latency.model_dump()
 
     def measure(self, recipe: Recipe, reference_ms: float) -> tuple[Latency, float]:
-        """Latency of the recipe's architecture and the seconds it took; known ones take none."""
+        """Latency of the recipe's architecture and the seconds it took; known ones take few."""
         start = time.perf_counter()
         model = prune(self._dense, self._plan, recipe)
-        key = json.dumps([list(recipe.dropped_blocks), layer_widths(model)])
-        if key not in self._known:
-            self._known[key] = paired_latency(
-                model.to(self._device),
-                self._on_device,
-                self._example,
-                reference_ms=reference_ms,
-                threads=self._config.latency.threads,
-                runs=self._config.latency.runs,
-            )
-        return self._known[key], time.perf_counter() - start
+        key = {"kind": "latency", **self._basis} | {
+            "dropped_blocks": list(recipe.dropped_blocks),
+            "widths": layer_widths(model),
+        }
+        name = address(key)
+        if name not in self._known:
+            made, _ = self._shared(key, lambda: self._measure(model))
+            self._known[name] = made.info
+        found = {field: self._known[name][field] for field in Latency.__dataclass_fields__}
+        return Latency(**found).at(reference_ms), time.perf_counter() - start
+
+    def _measure(self, model: nn.Module) -> Made:
+        latency = paired_latency(
+            model.to(self._device),
+            self._on_device,
+            self._example,
+            reference_ms=1.0,
+            threads=self._config.latency.threads,
+            runs=self._config.latency.runs,
+        )
+        return Made(info=dataclasses.asdict(latency) | {"host": self._fingerprint["host"]})
 
 
 class Keeper(Cache):
-    """Writes what trials leave behind into the run folder, on the driver's node."""
+    """Writes what trials leave behind into the run folder, on the driver's node.
 
-    def __init__(self, run_dir: str) -> None:
-        super().__init__(Path(run_dir) / SHARED)
+    Args:
+        run_dir: The run folder.
+        user: The folder of results that other runs share; None where they do not.
+        max_bytes: What that folder may hold.
+    """
+
+    def __init__(self, run_dir: str, user: str | None = None, max_bytes: float = math.inf) -> None:
+        super().__init__(Path(run_dir) / SHARED, Path(user) if user else None, max_bytes)
         self._run_dir = Path(run_dir)
 
     def keep(self, trial_id: str, recipe: str, weights: bytes) -> tuple[str, str]:

@@ -538,6 +538,18 @@ class LatencyConfig(_Section):
     runs: int = Field(default=200, ge=10, description="timed pairs of pruned and dense runs")
 
 
+class CacheConfig(_Section):
+    """What runs on this machine share: scores, rankings, sparse trainings, latencies, trials."""
+
+    reuse: Literal["all", "dense", "none"] = Field(
+        default="all",
+        description="what is shared with other runs: all, only the dense model, or none",
+    )
+    max_gib: float = Field(
+        default=20.0, gt=0, description="the most that is kept, the least recently used goes first"
+    )
+
+
 class AblateConfig(_Section):
     """What `prune-search ablate` holds fixed; a search does not read it."""
 
@@ -579,6 +591,7 @@ class SearchConfig(_Section):
     search: SamplerConfig = Field(default_factory=SamplerConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     latency: LatencyConfig = Field(default_factory=LatencyConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
     ablate: AblateConfig = Field(default_factory=AblateConfig)
 
     @model_validator(mode="before")

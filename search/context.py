@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..methods.measure import Latency
 from ..methods.surgery import PruningPlan, Recipe
 from ..methods.tasks.classification import ClassificationTask
-from .cache import Made, make_here
+from .cache import Shared, make_here
 from .config import SearchConfig
+from .digests import common_key, data_digest, weights_digest
 from .records import Candidate
 
-
-class Shared(Protocol):
-    """Results that trials share: made by the first that asks, read by the others."""
-
-    def __call__(self, key: Mapping[str, Any], make: Callable[[], Made]) -> tuple[Made, float]:
-        """The result called `key`, and the seconds spent waiting for another trial to make it."""
+if TYPE_CHECKING:
+    from .finished import FinishedTrials
 
 
 @dataclass
@@ -38,6 +34,8 @@ class TrialContext:
         measure_latency: Latency of the architecture that a recipe makes, and the seconds that
             the probe worked on it (the rest was waiting). None where latency is not measured.
         shared: Scores and sparse-trained weights that the workers of a run share.
+        data_digest: Content address of the data; computed when it is not given.
+        finished: Trials that runs share when they have ended; None shares none.
         scores: Channel scores already at hand in this worker, by criterion.
     """
 
@@ -48,16 +46,27 @@ class TrialContext:
     baseline_accuracy: float
     measure_latency: Callable[[Recipe], tuple[Latency, float]] | None
     shared: Shared = make_here
+    data_digest: str = ""
+    finished: FinishedTrials | None = None
     scores: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.data_digest = self.data_digest or data_digest(self.task.data)
+
+    def key(self, kind: str) -> dict[str, Any]:
+        """What every shared result of this kind depends on."""
+        return common_key(
+            kind,
+            self.config,
+            weights=self.weights_digest,
+            data=self.data_digest,
+            device=self.task.device,
+        )
 
     @cached_property
     def weights_digest(self) -> str:
         """Content address of the dense weights."""
-        digest = hashlib.sha256()
-        for name, tensor in self.dense.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self.dense)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 from .asking import AskAhead
 from .config import SearchConfig
 from .context import TrialSpec
+from .dense import Baseline
 from .front import Front, reference_point
 from .plateau import Plateau
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
-from .setup import Baseline
 from .space import Space
 from .store import Store
 from .trial import with_provenance

@@ -52,11 +52,12 @@ def _disk() -> tuple[bool, str]:
 
 
 def _cache() -> tuple[bool, str]:
-    from .setup import cache_dir
+    from .shelf import RESULTS, Shelf, cache_dir
 
-    folder = cache_dir()
+    folder = cache_dir() / RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK), f"dense models are kept in {folder}"
+    size = sum(size for _, size in Shelf(folder).usage().values()) / 2**30
+    return os.access(folder, os.W_OK), f"{size:.2f} GiB that runs share are kept in {folder}"
 
 
 def _timm() -> tuple[bool, str]:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,26 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .actors import Keeper, LatencyProbe, Worker
-from .config import ConfigError, ResourcesConfig, SearchConfig
+from .cache import user_shelf
+from .config import CacheConfig, ConfigError, ResourcesConfig, SearchConfig
 from .coordinator import Coordinator
 from .records import TrialResult, TrialStatus
 from .setup import Problem, pack_images
 
 
-def start_keeper(run_dir: Path) -> Any:
-    """The actor, on this node, that writes into `run_dir` and serves what trials share."""
+def start_keeper(run_dir: Path, config: CacheConfig, name: str | None = None) -> Any:
+    """The actor, on this node, that writes into `run_dir` and serves what trials share.
+
+    Args:
+        run_dir: The run folder.
+        config: Whether other runs share it too.
+        name: What other actors can find it by.
+    """
+    user = user_shelf(config)
+    arguments = str(run_dir), str(user) if user else None, config.max_gib * 2**30
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(Keeper).options(scheduling_strategy=here, **options).remote(str(run_dir))
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "name": name}
+    return ray.remote(Keeper).options(scheduling_strategy=here, **options).remote(*arguments)
 
 
 class Fleet:
@@ -48,13 +58,16 @@ class Fleet:
             "images": ray.put(pack_images(problem.task.data)),
             "state": ray.put(state),
             "baseline_accuracy": baseline_accuracy,
+            "data_digest": problem.data_digest,
         }
-        self.keeper = start_keeper(run_dir)
+        name = f"keeper-{uuid.uuid4().hex}"
+        self.keeper = start_keeper(run_dir, problem.config.cache, name)
+        data = problem.task.data
         self.probe = (
             ray.remote(LatencyProbe)
             .options(max_restarts=-1, max_task_retries=2, **_probe_resources(problem.config))
-            .remote(ray.cloudpickle.dumps(self._parts))
-        )  # sealed: Ray warns of references here
+            .remote(problem.config, problem.task.num_classes, data.image_shape, name)
+        )
 
     def measure_reference(self) -> tuple[float, dict[str, Any]]:
         """The dense model's latency in ms on the probe, and the probe's fingerprint."""

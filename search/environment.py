@@ -37,6 +37,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {
             "gpu": torch.cuda.get_device_name(device),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
@@ -47,6 +48,14 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except OSError:
         return None
 
 

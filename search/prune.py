@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -209,7 +208,7 @@ def _shared_scores(
         def make() -> Made:
             return Made(_score(criterion, context.dense, context, groups, options, run_seed))
 
-        key = _key("scores", context) | {
+        key = context.key("scores") | {
             "criterion": criterion,
             "options": dict(options),
             "layers": list(context.plan.layers),
@@ -285,7 +284,7 @@ def _sparse_train(candidate: Candidate, context: TrialContext) -> Made:
 def _sparse_key(candidate: Candidate, context: TrialContext) -> dict[str, Any]:
     assert candidate.criterion is not None
     options = dict(criterion_options(candidate.criterion, context))
-    return _key("sparse", context) | {
+    return context.key("sparse") | {
         "criterion": candidate.criterion,
         "options": options,
         "lambda": candidate.dsd_lambda,
@@ -293,16 +292,4 @@ def _sparse_key(candidate: Candidate, context: TrialContext) -> dict[str, Any]:
         "epochs": candidate.dsd_epochs,
         "training": context.config.sparse_training.model_dump(mode="json"),
         "norms": sparse_norms(context.dense, context.plan),
-    }
-
-
-def _key(kind: str, context: TrialContext) -> dict[str, Any]:
-    """What every shared result depends on."""
-    return {
-        "kind": kind,
-        "weights": context.weights_digest,
-        "data": context.config.data.model_dump(mode="json"),
-        "seed": context.config.search.seed,
-        "prune-search": metadata.version("prune-search"),
-        "torch": torch.__version__,
     }

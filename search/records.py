@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .config import Constraint
 
 
+FULL_FIDELITY = 2  # the whole trial budget (rung 2 of the fidelity ladder)
+
+
 class TrialStatus(enum.StrEnum):
     """How a trial ended. Only `COMPLETED` trials can be on the front."""
 

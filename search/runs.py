@@ -20,8 +20,8 @@ from .store import Store, atomic_write_bytes, read_json, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .dense import Baseline
     from .driver import Fleet
-    from .setup import Baseline
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -259,9 +259,10 @@ def _execute(
     new: bool,
 ) -> Run:
     from .coordinator import Coordinator
+    from .dense import prepare_dense
     from .seeds import default_seeds
     from .sensitivity import costs_of, measure_sensitivity
-    from .setup import make_space, pose, prepare_dense
+    from .setup import make_space, pose
 
     progress = progress or Progress.silent()
     folder = folder.absolute()  # Ray's workers start in other folders

@@ -1,4 +1,4 @@
-"""Everything that comes before the first trial: data, model, dense baseline, block ranking, space.
+"""What a search starts from: data, model, what can be removed of it, block ranking, space.
 
 Nothing here needs Ray. Wrong input ends here, before any long work, with one `ConfigError`.
 """
@@ -6,44 +6,33 @@ Nothing here needs Ray. Wrong input ends here, before any long work, with one `C
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
-from ..methods.block_removal import MAX_EXHAUSTIVE, BlockRanking, rank_blocks
+from ..methods.block_removal import MAX_EXHAUSTIVE, rank_blocks
 from ..methods.blocks import removable_blocks
 from ..methods.data import ImageData, Split, load_data
-from ..methods.finetune import finetune
 from ..methods.groups import plan_pruning
 from ..methods.layout import prefer_channels_last
-from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.models.build import build_model, default_image_size, input_channels
-from ..methods.shapes import copy_state
 from ..methods.sparse_training import SPARSE_TRAINING
 from ..methods.surgery import PruningPlan, group_norms
 from ..methods.tasks.classification import ClassificationTask
+from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError, SearchConfig
+from .digests import common_key, data_digest, weights_digest
 from .space import Space, max_blocks
-from .store import atomic_write_bytes, read_json, write_json
+from .store import read_json, write_json
 
-Say = Callable[[str], None]
-
-DENSE_WEIGHTS = "weights/dense.safetensors"
-BASELINE = "baseline.json"
 BLOCKS = "blocks.json"
 
 
@@ -65,38 +54,10 @@ class Problem:
     plan: PruningPlan
     blocks: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Baseline:
-    """The dense model's metrics; `accuracy` and `loss` are on the validation split.
-
-    Attributes:
-        source: `trained`, `cache` or the checkpoint's path.
-        train_s: Seconds of training (0 when loaded).
-        latency_ms: Reference latency, measured once a run; None until the probe has done so.
-        probe: The probe's hardware, driver and library versions.
-    """
-
-    accuracy: float
-    loss: float
-    macs: int
-    num_params: int
-    peak_memory_mib: float
-    source: str
-    epochs: float
-    train_s: float
-    latency_ms: float | None = None
-    probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def write(self, run_dir: Path) -> None:
-        """Stores `baseline.json`."""
-        write_json(run_dir / BASELINE, {**dataclasses.asdict(self), "split": "val"})
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Baseline:
-        """Reads `baseline.json`."""
-        data = read_json(run_dir / BASELINE)
-        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+    @cached_property
+    def data_digest(self) -> str:
+        """Content address of the data."""
+        return data_digest(self.task.data)
 
 
 def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
@@ -211,36 +172,6 @@ def find_removable(
     return tuple(removable_blocks(model, example, valid=config.space.blocks.valid))
 
 
-def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
-    """Brings the dense weights into the model and the run folder, and measures the baseline.
-
-    Weights come from the run folder (resume), the checkpoint, the cache, or training.
-    """
-    config, model, task = problem.config, problem.model, problem.task
-    stored = run_dir / DENSE_WEIGHTS
-    if stored.exists() and (run_dir / BASELINE).exists():
-        model.load_state_dict(load_file(stored))
-        return Baseline.read(run_dir)
-    source, seconds = _dense_weights(problem, say)
-    model.eval()
-    atomic_write_bytes(stored, dump_weights(model))
-    metrics = task.evaluate(model, "val")
-    example = task.example_input(config.latency.batch_size)
-    baseline = Baseline(
-        accuracy=metrics["accuracy"],
-        loss=metrics["loss"],
-        macs=count_macs(model, example),
-        num_params=count_params(model),
-        peak_memory_mib=peak_memory_mib(model, example),
-        source=source,
-        epochs=0 if config.model.checkpoint else config.baseline.epochs,
-        train_s=seconds,
-    )
-    baseline.write(run_dir)
-    say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")
-    return baseline
-
-
 def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
     """Ranks the blocks (once; stored in the run folder) and lays out the search space."""
     config, path = problem.config, run_dir / BLOCKS
@@ -248,20 +179,20 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
     if path.exists():
         drops = tuple(map(tuple, read_json(path)["drops"]))
     elif problem.blocks:
-        ranking = _rank(problem)
-        drops = ranking.drops
-        write_json(path, dataclasses.asdict(ranking) | {"drops": drops})
-        say(
-            f"blocks ranked ({config.space.blocks.order}, {ranking.evaluations} evaluations, "
-            f"{ranking.seconds:.1f} s), first to go: {', '.join(drops[-1][:3])}"
-        )
+        cache = open_cache(config.cache, run_dir, say)
+        made, waited = sharing_here(cache)(_ranking_key(problem), lambda: _rank(problem, say))
+        drops = tuple(map(tuple, made.info["drops"]))
+        write_json(path, made.info)
+        if waited:
+            say(f"blocks were ranked by another run, {waited:.1f} s waited")
+        say(f"blocks by {config.space.blocks.order}, first to go: {', '.join(drops[-1][:3])}")
     return Space(config.space, problem.plan, drops)
 
 
-def _rank(problem: Problem) -> BlockRanking:
+def _rank(problem: Problem, say: Say) -> Made:
     config = problem.config
     try:
-        return rank_blocks(
+        ranking = rank_blocks(
             problem.model,
             problem.task,
             problem.blocks,
@@ -280,11 +211,24 @@ def _rank(problem: Problem) -> BlockRanking:
         raise ConfigError(
             f"`space.blocks` must rank the blocks of this model: {error}. Use another order."
         ) from error
+    say(f"blocks ranked: {ranking.evaluations} evaluations, {ranking.seconds:.1f} s")
+    return Made(info=dataclasses.asdict(ranking) | {"drops": ranking.drops})
 
 
-def dump_weights(model: nn.Module) -> bytes:
-    """The model's weights and buffers as safetensors."""
-    return save(copy_state(model))
+def _ranking_key(problem: Problem) -> dict[str, Any]:
+    config = problem.config
+    common = common_key(
+        "ranking",
+        config,
+        weights=weights_digest(problem.model),
+        data=problem.data_digest,
+        device=problem.task.device,
+    )
+    return common | {
+        "blocks": problem.blocks,
+        "max_drop": max_blocks(config.space.blocks, len(problem.blocks)),
+        "settings": config.space.blocks.model_dump(mode="json", exclude={"mode", "max_drop"}),
+    }
 
 
 def pack_images(data: ImageData) -> dict[str, Any]:
@@ -313,96 +257,6 @@ def unpack_images(packed: Mapping[str, Any]) -> ImageData:
 def load_state(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Copies weights from shared arrays into `model`."""
     model.load_state_dict({name: _shared(array) for name, array in arrays.items()})
-
-
-def cache_dir() -> Path:
-    """Where trained dense models are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PRUNE_SEARCH_CACHE") or Path(base) / "prune-search")
-
-
-# --- the dense model -------------------------------------------------------------------------
-
-
-def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
-    """Where the weights that the model now holds came from, and the seconds of training."""
-    config = problem.config
-    if config.model.checkpoint:
-        if not problem.task.data.official_test:
-            say(
-                f"warning: {config.data.name} has no test split of its own: val and test "
-                "(data.split, data.seed) must hold no image that the checkpoint was trained on"
-            )
-        return config.model.checkpoint, 0.0
-    cached = cache_dir() / "dense" / f"{dense_key(problem)}.safetensors"
-    if cached.exists():
-        problem.model.load_state_dict(load_file(cached))
-        return "cache", 0.0
-    start = time.perf_counter()
-    baseline = config.baseline
-    say(f"training {config.model.name} on {config.data.name}: {baseline.epochs} epochs")
-
-    def on_epoch(epoch: int, loss: float) -> None:
-        if epoch == baseline.epochs or epoch % max(1, baseline.epochs // 5) == 0:
-            spent = time.perf_counter() - start
-            left = spent / epoch * (baseline.epochs - epoch)
-            say(f"  epoch {epoch}/{baseline.epochs}: loss {loss:.4f}, about {left:.0f} s left")
-
-    try:
-        finetune(
-            problem.model,
-            problem.task,
-            epochs=baseline.epochs,
-            lr=baseline.lr,
-            momentum=baseline.momentum,
-            weight_decay=baseline.weight_decay,
-            generator=torch.Generator().manual_seed(config.search.seed),
-            augment=config.data.augment,
-            on_epoch=on_epoch,
-        )
-    except FloatingPointError as error:
-        raise ConfigError(
-            f"`baseline.lr` (={baseline.lr}) must let the dense model train: {error}. Lower it."
-        ) from error
-    seconds = time.perf_counter() - start
-    try:
-        atomic_write_bytes(cached, dump_weights(problem.model))
-    except OSError as error:
-        say(f"warning: the dense model is not cached for other runs: {error}")
-    return "trained", seconds
-
-
-def dense_key(problem: Problem) -> str:
-    """Content address of a trained dense model: all that its weights depend on.
-
-    The data count by their labels, statistics and a sample of images; the model by its initial
-    weights and, for `module:callable`, its source.
-    """
-    config, data = problem.config, problem.task.data
-    digest = hashlib.sha256(dump_weights(problem.model))
-    digest.update(_source(config.model.name))
-    digest.update(data.train.labels.cpu().numpy().tobytes())
-    step = max(1, len(data.train) // 256)
-    digest.update(data.train.images[::step].cpu().numpy().tobytes())
-    parts = {
-        "model": config.model.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json", exclude={"calibration_size"}),
-        "statistics": [data.mean, data.std, data.crop_padding, data.horizontal_flip],
-        "baseline": config.baseline.model_dump(mode="json"),
-        "seed": config.search.seed,
-        "gpu": config.resources.gpu > 0,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "prune-search": metadata.version("prune-search"),
-    }
-    digest.update(json.dumps(parts, sort_keys=True).encode())
-    return digest.hexdigest()[:24]
-
-
-def _source(name: str) -> bytes:
-    """The file of a user's own model, so that a changed one is trained anew."""
-    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    return Path(path).read_bytes() if ":" in name and path else b""
 
 
 # --- checks ----------------------------------------------------------------------------------

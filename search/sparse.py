@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .cache import SHARED
 from .plot import BLUE, GREY, INK, VERMILLION, new_figure, save_figure, tidy
+from .shelf import ENTRY
 from .store import read_json
 from .yaml_source import ConfigError
 
@@ -33,7 +34,8 @@ def sparse_trainings(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: If there is none.
     """
-    found = [read_json(path) for path in sorted((run_dir / SHARED).glob("sparse-*.json"))]
+    entries = sorted((run_dir / SHARED).glob(f"sparse-*/{ENTRY}"))
+    found = [read_json(path)["info"] for path in entries]
     if not found:
         raise ConfigError(
             f"`{run_dir}` must hold a sparse training: it has none. Name `dsd` in space.criteria."

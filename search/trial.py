@@ -19,10 +19,9 @@ from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from ..methods.surgery import Recipe, layer_widths, prune
 from .context import TrialContext, TrialSpec
+from .finished import fill_in, find_finished, share_finished
 from .prune import make_recipe, prune_by_blocks, start_of
-from .records import Candidate, TrialResult, TrialStatus, violations
-
-FULL_FIDELITY = 2  # the whole trial budget (rung 2 of the fidelity ladder)
+from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
 
 
 @dataclass
@@ -57,7 +56,9 @@ def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
     )
     outcome = TrialOutcome(result)
     try:
-        _run(spec, context, outcome)
+        if not _reuse(spec, context, outcome):
+            _run(spec, context, outcome)
+            share_finished(spec, context, outcome)
     except (MemoryError, torch.OutOfMemoryError) as error:
         _fail(outcome, f"out of memory: {error}. Lower data.batch_size.")
     except Exception as error:  # whatever a foreign model does is this trial's failure alone
@@ -116,6 +117,22 @@ def recover_and_measure(
     result.fidelity = FULL_FIDELITY
 
 
+def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> bool:
+    """Takes over the end of an equal trial of an earlier run, if there is one."""
+    found = find_finished(spec, context)
+    if found is None:
+        return False
+    result, info = outcome.result, found.info
+    fill_in(result, info["row"])
+    outcome.recipe = Recipe.from_json(info["recipe"])
+    outcome.state = dict(found.tensors)
+    with _clock(result, "measure_s"):
+        _measure_latency(outcome.recipe, context, result)
+    _report(result, info["row"], context)
+    result.message = "; ".join(filter(None, [result.message, f"reused: {info['source']}"]))
+    return True
+
+
 def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
     result = outcome.result
     generator = torch.Generator().manual_seed(spec.seed)
@@ -143,7 +160,12 @@ def _measure(
     result.macs = count_macs(model, example)
     result.num_params = count_params(model)
     result.peak_memory_mib = peak_memory_mib(model, example)
-    if context.measure_latency is None or recipe is None:
+    if recipe is not None:
+        _measure_latency(recipe, context, result)
+
+
+def _measure_latency(recipe: Recipe, context: TrialContext, result: TrialResult) -> None:
+    if context.measure_latency is None:
         return
     start = time.perf_counter()
     latency, busy_s = context.measure_latency(recipe)

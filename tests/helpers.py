@@ -24,6 +24,7 @@ objectives: {accuracy: maximize, macs: minimize}
 search: {sampler: tpe, trials: 6, seed: 0}
 resources: {max_concurrent: 1}
 latency: {runs: 20}
+cache: {reuse: dense}
 """
 
 

@@ -18,9 +18,9 @@ from prunesearch.search.asking import AskAhead
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, trial_id
+from prunesearch.search.dense import Baseline
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
-from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.store import Store, read_results
 

@@ -15,10 +15,10 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.search.config import SearchConfig, dump_config, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, Listener
+from prunesearch.search.dense import Baseline
 from prunesearch.search.progress import Progress
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.runs import Run
-from prunesearch.search.setup import Baseline
 from prunesearch.search.space import Space
 from prunesearch.search.tables import front_table, status_of, status_table, time_table
 

@@ -11,12 +11,14 @@ import torch
 from prunesearch.methods.measure import count_macs
 from prunesearch.methods.surgery import apply, group_norms
 from prunesearch.search import prune as module
-from prunesearch.search.cache import Made, address
+from prunesearch.search.cache import Made
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
+from prunesearch.search.dense import prepare_dense
 from prunesearch.search.prune import make_recipe, sparse_norms, start_of
 from prunesearch.search.records import Candidate, TrialStatus
-from prunesearch.search.setup import pose, prepare_dense
+from prunesearch.search.setup import pose
+from prunesearch.search.shelf import address
 from prunesearch.search.trial import run_trial
 
 BLOCK = "layer2.1"

@@ -16,6 +16,7 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.methods.sensitivity import measure_edit
 from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.dense import prepare_dense
 from prunesearch.search.sensitivity import (
     SENSITIVITY,
     Costs,
@@ -25,7 +26,7 @@ from prunesearch.search.sensitivity import (
     max_evaluations,
     measure_sensitivity,
 )
-from prunesearch.search.setup import Problem, make_space, pose, prepare_dense
+from prunesearch.search.setup import Problem, make_space, pose
 from prunesearch.search.space import Space
 
 STAGES = ("keep:stage1", "keep:stage2", "keep:stage3")

@@ -16,18 +16,17 @@ from prunesearch.methods.measure import Latency, count_macs, paired_latency
 from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
+from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
 from prunesearch.search.records import Candidate, TrialStatus
 from prunesearch.search.setup import (
-    DENSE_WEIGHTS,
     Problem,
-    dense_key,
     load_state,
     make_model,
     pack_images,
     pose,
-    prepare_dense,
     unpack_images,
 )
+from prunesearch.search.shelf import address
 from prunesearch.search.store import SCHEMA
 from prunesearch.search.trial import run_trial, with_provenance
 
@@ -197,11 +196,11 @@ def test_the_dense_model_is_stored_resumed_and_cached(problem, folder, tmp_path)
     for model in (again.model, other.model):
         assert torch.equal(model.fc.weight, problem.model.fc.weight) and not model.training
     fresh = pose(config())
-    keys = {dense_key(pose(c)) for c in (config(), config(baseline={"epochs": 3}))}
-    assert len(keys) == 2 and dense_key(pose(config(recover={"epochs": 9}))) in keys
+    keys = {address(dense_key(pose(c))) for c in (config(), config(baseline={"epochs": 3}))}
+    assert len(keys) == 2 and address(dense_key(pose(config(recover={"epochs": 9})))) in keys
     with torch.no_grad():
         fresh.model.fc.bias.add_(1)
-    assert dense_key(fresh) not in keys  # another constructor's weights
+    assert address(dense_key(fresh)) not in keys  # another constructor's weights
 
 
 def test_what_ray_shares_comes_back_equal(problem):

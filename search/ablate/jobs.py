@@ -24,8 +24,9 @@ from ...methods.surgery import apply, layer_widths
 from ..actors import shares
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
+from ..dense import prepare_dense
 from ..prune import make_recipe
-from ..records import Candidate, TrialResult, TrialStatus
+from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus
 from ..setup import (
     Problem,
     draw_model,
@@ -34,11 +35,10 @@ from ..setup import (
     load_state,
     make_model,
     make_task,
-    prepare_dense,
     trial_device,
     unpack_images,
 )
-from ..trial import FULL_FIDELITY, recover_and_measure, run_trial, with_provenance
+from ..trial import recover_and_measure, run_trial, with_provenance
 from .study import Row
 
 

@@ -127,7 +127,8 @@ def ablate(
         missing = _missing(rows, seeds, store.read())
         if missing:
             with connect(address):
-                jobs = _jobs(config, rows, missing, problem, start_keeper(folder))
+                keeper = start_keeper(folder, config.cache)
+                jobs = _jobs(config, rows, missing, problem, keeper)
                 _run(jobs, missing, config, store, progress)
             store.compact()
     results = _of(rows, seeds, store.read())

@@ -64,6 +64,7 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
 def variants(config: SearchConfig) -> dict[str, SearchConfig]:
     """The search, and its two controls at the same number of trials and the same recovery."""
     data = config.model_dump(mode="json")
+    data["cache"]["reuse"] = "dense"  # else the later runs would find what the first one made
     space = data["space"]
     uniform = space | {
         "criteria": ["magnitude_l1"],
@@ -74,7 +75,7 @@ def variants(config: SearchConfig) -> dict[str, SearchConfig]:
     chance = space | {"criteria": ["random"], "select": ["ratio"]}
     blind = data["search"] | {"sampler": "random", "seeds": False}
     return {
-        "search": config,
+        "search": SearchConfig.model_validate(data),
         "uniform": SearchConfig.model_validate(data | {"space": uniform}),
         "random": SearchConfig.model_validate(data | {"space": chance, "search": blind}),
     }

@@ -27,10 +27,10 @@ from ...methods.models.build import build_model
 from ..config import SearchConfig, parse_config
 from ..context import TrialSpec
 from ..coordinator import COMPACT_EVERY, Coordinator
+from ..dense import Baseline
 from ..driver import run_trials
 from ..environment import environment
 from ..records import TrialResult
-from ..setup import Baseline
 from ..space import Space
 from .noop import NoOp
 

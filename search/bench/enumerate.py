@@ -19,6 +19,7 @@ from ...methods.measure import count_macs, count_params
 from ...methods.surgery import apply
 from ..config import ConfigError, SearchConfig
 from ..context import TrialContext
+from ..dense import prepare_dense
 from ..environment import environment
 from ..progress import Progress
 from ..prune import make_recipe
@@ -33,7 +34,6 @@ from ..setup import (
     make_task,
     pack_images,
     pose,
-    prepare_dense,
     trial_device,
     unpack_images,
 )

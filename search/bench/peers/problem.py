@@ -16,7 +16,8 @@ from ....methods.finetune import finetune, recalibrate_batch_norm
 from ....methods.layout import prefer_channels_last
 from ....methods.tasks.classification import ClassificationTask
 from ...config import SearchConfig, dump_config, load_config
-from ...setup import load_images, make_model, make_task, pose, prepare_dense, trial_device
+from ...dense import prepare_dense
+from ...setup import load_images, make_model, make_task, pose, trial_device
 from ...store import atomic_write_bytes
 
 CONFIG = "config.yaml"

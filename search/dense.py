@@ -1,0 +1,167 @@
+"""The dense model of a search: its weights, trained at most once, and its metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from ..methods.finetune import finetune
+from ..methods.measure import count_macs, count_params, peak_memory_mib
+from ..methods.shapes import copy_state
+from .cache import Made, Say, open_cache, sharing_here
+from .config import ConfigError
+from .digests import common_key, weights_digest
+from .setup import Problem
+from .store import atomic_write_bytes, read_json, write_json
+
+DENSE_WEIGHTS = "weights/dense.safetensors"
+BASELINE = "baseline.json"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model's metrics; `accuracy` and `loss` are on the validation split.
+
+    Attributes:
+        source: `trained`, `cache` or the checkpoint's path.
+        train_s: Seconds of training (0 when loaded).
+        latency_ms: Reference latency, measured once a run; None until the probe has done so.
+        probe: The probe's hardware, driver and library versions.
+    """
+
+    accuracy: float
+    loss: float
+    macs: int
+    num_params: int
+    peak_memory_mib: float
+    source: str
+    epochs: float
+    train_s: float
+    latency_ms: float | None = None
+    probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, run_dir: Path) -> None:
+        """Stores `baseline.json`."""
+        write_json(run_dir / BASELINE, {**dataclasses.asdict(self), "split": "val"})
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Baseline:
+        """Reads `baseline.json`."""
+        data = read_json(run_dir / BASELINE)
+        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+
+
+def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
+    """Brings the dense weights into the model and the run folder, and measures the baseline.
+
+    Weights come from the run folder (resume), the checkpoint, the cache, or training.
+    """
+    config, model, task = problem.config, problem.model, problem.task
+    stored = run_dir / DENSE_WEIGHTS
+    if stored.exists() and (run_dir / BASELINE).exists():
+        model.load_state_dict(load_file(stored))
+        return Baseline.read(run_dir)
+    source, seconds = _dense_weights(problem, say)
+    model.eval()
+    atomic_write_bytes(stored, save(copy_state(model)))
+    metrics = task.evaluate(model, "val")
+    example = task.example_input(config.latency.batch_size)
+    baseline = Baseline(
+        accuracy=metrics["accuracy"],
+        loss=metrics["loss"],
+        macs=count_macs(model, example),
+        num_params=count_params(model),
+        peak_memory_mib=peak_memory_mib(model, example),
+        source=source,
+        epochs=0 if config.model.checkpoint else config.baseline.epochs,
+        train_s=seconds,
+    )
+    baseline.write(run_dir)
+    say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")
+    return baseline
+
+
+# --- its weights -----------------------------------------------------------------------------
+
+
+def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
+    """Where the weights that the model now holds came from, and the seconds of training."""
+    config = problem.config
+    if config.model.checkpoint:
+        if not problem.task.data.official_test:
+            say(
+                f"warning: {config.data.name} has no test split of its own: val and test "
+                "(data.split, data.seed) must hold no image that the checkpoint was trained on"
+            )
+        return config.model.checkpoint, 0.0
+    cache = open_cache(config.cache, None, say, kind="dense")
+    seconds: list[float] = []
+
+    def train() -> Made:
+        start = time.perf_counter()
+        _train(problem, say)
+        seconds.append(time.perf_counter() - start)
+        return Made({name: tensor.cpu() for name, tensor in copy_state(problem.model).items()})
+
+    made, _ = sharing_here(cache)(dense_key(problem), train)
+    if seconds:
+        return "trained", seconds[0]
+    problem.model.load_state_dict(dict(made.tensors))
+    return "cache", 0.0
+
+
+def _train(problem: Problem, say: Say) -> None:
+    config, baseline = problem.config, problem.config.baseline
+    start = time.perf_counter()
+    say(f"training {config.model.name} on {config.data.name}: {baseline.epochs} epochs")
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        if epoch == baseline.epochs or epoch % max(1, baseline.epochs // 5) == 0:
+            spent = time.perf_counter() - start
+            left = spent / epoch * (baseline.epochs - epoch)
+            say(f"  epoch {epoch}/{baseline.epochs}: loss {loss:.4f}, about {left:.0f} s left")
+
+    try:
+        finetune(
+            problem.model,
+            problem.task,
+            epochs=baseline.epochs,
+            lr=baseline.lr,
+            momentum=baseline.momentum,
+            weight_decay=baseline.weight_decay,
+            generator=torch.Generator().manual_seed(config.search.seed),
+            augment=config.data.augment,
+            on_epoch=on_epoch,
+        )
+    except FloatingPointError as error:
+        raise ConfigError(
+            f"`baseline.lr` (={baseline.lr}) must let the dense model train: {error}. Lower it."
+        ) from error
+
+
+def dense_key(problem: Problem) -> dict[str, Any]:
+    """All that the weights of a trained dense model depend on.
+
+    Args:
+        problem: Holds the model with its initial weights.
+    """
+    config = problem.config
+    common = common_key(
+        "dense",
+        config,
+        weights=weights_digest(problem.model),
+        data=problem.data_digest,
+        device=problem.task.device,
+    )
+    return common | {
+        "batches": config.data.model_dump(mode="json", include={"batch_size", "augment"}),
+        "training": config.baseline.model_dump(mode="json"),
+        "threads": torch.get_num_threads(),  # which decide how sums are rounded
+    }

@@ -1,0 +1,139 @@
+"""Content addresses of what results depend on: data, weights, code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import methods
+from ..methods.data import ImageData
+from .config import SearchConfig
+
+LIBRARIES = ("torch", "torchvision", "torch-pruning")
+
+
+def common_key(
+    kind: str, config: SearchConfig, *, weights: str, data: str, device: torch.device
+) -> dict[str, Any]:
+    """What every result depends on that is made from a model and images.
+
+    Args:
+        kind: The first word of the result's address.
+        config: Names the model and says how the data are used.
+        weights: From `weights_digest`.
+        data: From `data_digest`.
+        device: What it is made on; a GPU rounds in another way than a CPU.
+    """
+    return {
+        "kind": kind,
+        "model": model_key(config),
+        "weights": weights,
+        "data": data,
+        "batches": config.data.model_dump(
+            mode="json", include={"batch_size", "calibration_size", "seed", "augment"}
+        ),
+        "seed": config.search.seed,
+        "device": device.type,
+        "code": code_digest(),
+        "libraries": library_versions(config),
+    }
+
+
+def library_versions(config: SearchConfig) -> dict[str, str]:
+    """Versions of the libraries that compute what this project does not compute itself."""
+    foreign = ["timm"] if config.model.name.startswith("timm:") else []
+    return {name: metadata.version(name) for name in (*LIBRARIES, *foreign)}
+
+
+def latency_basis(
+    config: SearchConfig,
+    num_classes: int,
+    image_shape: Sequence[int],
+    fingerprint: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the latencies of all architectures depend on.
+
+    Args:
+        config: Names the model and says how latency is measured.
+        num_classes: Outputs of the classifier.
+        image_shape: (channels, height, width).
+        fingerprint: Of the device, from `environment.fingerprint`. Machines that differ in
+            nothing but their name are one.
+    """
+    return {
+        "model": model_key(config),
+        "num_classes": num_classes,
+        "image_shape": list(image_shape),
+        "settings": config.latency.model_dump(mode="json"),
+        "device": {name: value for name, value in fingerprint.items() if name != "host"},
+        "code": code_digest(),
+        "libraries": library_versions(config),
+    }
+
+
+def model_key(config: SearchConfig) -> dict[str, Any]:
+    """The model's constructor; for `module:callable` with the module's source."""
+    name = config.model.name
+    found = {"name": name, "kwargs": config.model.kwargs}
+    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    if ":" in name and path:
+        found["source"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
+
+
+def data_digest(data: ImageData) -> str:
+    """Content address of the images that training, scores and accuracies see, and of their use.
+
+    The test split does not count: no result of a trial depends on it.
+    """
+    digest = hashlib.sha256()
+    for split in (data.train, data.val):
+        _add(digest, split.images)
+        _add(digest, split.labels)
+    facts = (len(data.classes), data.mean, data.std, data.crop_padding, data.horizontal_flip)
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Content address of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        _add(digest, tensor)
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_digest(*, search: bool = False) -> str:
+    """Content address of the code that makes results: all of `methods`.
+
+    Args:
+        search: Whether `search`, which puts a trial together, counts too.
+    """
+    digest = hashlib.sha256()
+    files = _sources(Path(next(iter(methods.__path__))), "**/*.py")
+    if search:
+        files += _sources(Path(__file__).parent, "*.py")
+    for name, path in files:
+        digest.update(name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path, pattern: str) -> list[tuple[str, Path]]:
+    return sorted((path.relative_to(folder).as_posix(), path) for path in folder.glob(pattern))
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    array = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(array.view(torch.uint8).numpy() if array.numel() else b"")
