@@ -107,9 +107,9 @@ def reference_latency_ms(
         threads: Torch threads; restored afterwards.
         runs: Timed runs for each of the three medians.
     """
-    with _timing(threads, model):
-        run = _runner(model, example_input)
-        _warm_up(run)
+    with timing(threads, model):
+        run = runner(model, example_input)
+        warm_up(run)
         return 1000 * min(statistics.median(run() for _ in range(runs)) for _ in range(3))
 
 
@@ -134,14 +134,14 @@ def paired_latency(
         threads: Torch threads; restored afterwards.
         runs: Timed runs of each model.
     """
-    with _timing(threads, model, dense):
-        run_model, run_dense = _runner(model, example_input), _runner(dense, example_input)
-        _warm_up(run_model)
-        _warm_up(run_dense)
+    with timing(threads, model, dense):
+        run_model, run_dense = runner(model, example_input), runner(dense, example_input)
+        warm_up(run_model)
+        warm_up(run_dense)
         ratios = []
         for i in range(max(3, runs // BURST)):
             first, second = (run_dense, run_model) if i % 2 else (run_model, run_dense)
-            a, b = _burst(first), _burst(second)
+            a, b = burst(first), burst(second)
             ratios.append(a / b if i % 2 else b / a)
     low, high = _median_interval(ratios)
     p10, median, p90 = np.percentile(ratios, [10, 50, 90])
@@ -158,7 +158,7 @@ def paired_latency(
 # --- timing ----------------------------------------------------------------------------------
 
 
-def _runner(model: nn.Module, example_input: Tensor) -> Callable[[], float]:
+def runner(model: nn.Module, example_input: Tensor) -> Callable[[], float]:
     """A function that runs the model once and returns the seconds it took."""
 
     def synchronize() -> None:
@@ -175,11 +175,13 @@ def _runner(model: nn.Module, example_input: Tensor) -> Callable[[], float]:
     return run
 
 
-def _burst(run: Callable[[], float]) -> float:
+def burst(run: Callable[[], float]) -> float:
+    """Seconds of a few runs."""
     return sum(run() for _ in range(BURST))
 
 
-def _warm_up(run: Callable[[], float]) -> None:
+def warm_up(run: Callable[[], float]) -> None:
+    """Runs without looking at the clock."""
     for _ in range(WARMUP_ROUNDS * BURST):
         run()
 
@@ -193,7 +195,7 @@ def _median_interval(values: list[float]) -> tuple[float, float]:
 
 
 @contextmanager
-def _timing(threads: int, *models: nn.Module) -> Iterator[None]:
+def timing(threads: int, *models: nn.Module) -> Iterator[None]:
     """Eval and inference mode with a number of torch threads; all of it is restored."""
     before = torch.get_num_threads()
     with ExitStack() as stack:

@@ -6,7 +6,6 @@ with batch-norm recalibration: Li et al. 2020 (EagleEye), arXiv:2007.02491.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from .finetune import recalibrate_batch_norm
-from .surgery import PruningPlan, Recipe, apply
+from .surgery import PruningPlan, Recipe, prune
 from .trace import evaluating
 
 
@@ -55,7 +54,7 @@ def measure_edit(
         recalibration_images: Training images that they are re-estimated on.
         num_images: About so many validation images are evaluated, at most.
     """
-    pruned = apply(copy.deepcopy(model), plan, recipe)
+    pruned = prune(model, plan, recipe)
     if recalibrate_bn and (recipe.dropped_blocks or recipe.kept):
         generator = torch.Generator().manual_seed(seed)
         recalibrate_batch_norm(pruned, task, generator=generator, num_images=recalibration_images)

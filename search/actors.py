@@ -20,6 +20,8 @@ from ray import tune
 from safetensors.torch import save
 from torch import nn
 
+from ..methods.layer_costs import layer_calls
+from ..methods.layer_latency import LayerLatencies, measure_layers
 from ..methods.layout import prefer_channels_last
 from ..methods.measure import Latency, paired_latency, reference_latency_ms
 from ..methods.surgery import Recipe, layer_widths, prune
@@ -161,6 +163,17 @@ class LatencyProbe:
 
         made, _ = self._shared({"kind": "reference", **self._basis}, measure)
         return made.info["reference_ms"], self._fingerprint | latency.model_dump()
+
+    def layers(self) -> LayerLatencies:
+        """The dense model's layers, each measured alone at several widths."""
+        latency = self._config.latency
+        image = self._example[:1]
+        return measure_layers(
+            self._on_device,
+            layer_calls(self._on_device, image),
+            batch_size=latency.batch_size,
+            threads=latency.threads,
+        )
 
     def measure(self, recipe: Recipe, reference_ms: float) -> tuple[Latency, float]:
         """Latency of the recipe's architecture and the seconds it took; known ones take few."""

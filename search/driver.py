@@ -24,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..methods.layer_latency import LayerLatencies
 from .actors import Keeper, LatencyProbe, Worker
 from .cache import user_shelf
 from .config import CacheConfig, ConfigError, ResourcesConfig, SearchConfig
@@ -72,6 +73,11 @@ class Fleet:
     def measure_reference(self) -> tuple[float, dict[str, Any]]:
         """The dense model's latency in ms on the probe, and the probe's fingerprint."""
         value: tuple[float, dict[str, Any]] = ray.get(self.probe.reference.remote())
+        return value
+
+    def measure_layers(self) -> LayerLatencies:
+        """The dense model's layers, each measured alone on the probe."""
+        value: LayerLatencies = ray.get(self.probe.layers.remote())
         return value
 
     def run(self, coordinator: Coordinator, tick: Callable[[int], None]) -> None:

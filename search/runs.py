@@ -294,7 +294,9 @@ def _execute(
             fleet = Fleet(problem, baseline.accuracy, folder)
         with clock("reference_s"):
             baseline = _with_reference(baseline, fleet, folder, progress)
-        seeds = default_seeds(space, config, table, costs_of(problem, space, table))
+        with clock("sensitivity_s"):
+            costs = costs_of(problem, space, table, folder, fleet.measure_layers)
+            seeds = default_seeds(space, config, table, costs)
         coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds)
         with clock("trials_s"), progress.live(coordinator):
             try:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.layer_costs import LayerCosts
+from ..methods.layer_latency import LayerLatencies
 from ..methods.sensitivity import measure_edit
 from ..methods.surgery import inside
 from .config import SearchConfig
@@ -35,14 +36,16 @@ from .store import read_json, write_json
 Say = Callable[[str], None]
 
 SENSITIVITY = "sensitivity.json"
-SHARE = 0.1  # of what the trials will cost, at most
+LAYERS = "layers.json"
+SHARE = 0.2  # of what the trials will cost, at most: so much fewer are seeds than without
 IMAGES = 2000  # validation images of one evaluation, at most
 RECALIBRATION_IMAGES = 512
 TRAINING = 3  # a training step costs so many forward passes
 LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
 UNIFORM = 0.6  # where criteria are compared with each other
 FLOOR = 1e-3  # accuracies this near to 0 or 1 have no finite log-odds
-BY_MACS = ("macs", "latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup", "peak_memory_mib")
+BY_LATENCY = ("latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup")
+BY_MACS = ("macs", "peak_memory_mib", *BY_LATENCY)
 SMALLEST_LOSS = 1e-4
 
 
@@ -225,14 +228,20 @@ class Costs:
         space: The space.
         layers: The dense model's layers.
         table: Says what the rules cost whose widths depend on scores; None where there is none.
+        latencies: Of the layers alone; None where they were not measured.
     """
 
     def __init__(
-        self, space: Space, layers: LayerCosts, table: SensitivityTable | None = None
+        self,
+        space: Space,
+        layers: LayerCosts,
+        table: SensitivityTable | None = None,
+        latencies: LayerLatencies | None = None,
     ) -> None:
         self._space = space
         self.layers = layers
         self._table = table
+        self._latencies = latencies
 
     def macs(self, params: Mapping[str, Any]) -> int:
         """Multiply-adds of one image: exact under the rule `ratio`, else an estimate."""
@@ -248,14 +257,25 @@ class Costs:
         count = self.layers.num_params(keep, candidate.dropped_blocks)
         return round(count * self._by_scores(candidate, "num_params"))
 
+    def latency(self, params: Mapping[str, Any]) -> float:
+        """Latency relative to the dense model's, in 0..1: the sum of the layers' own."""
+        assert self._latencies is not None
+        candidate = self._space.candidate(params)
+        outputs, inputs = self.layers.layer_fractions(dict(candidate.keep))
+        living = self.layers.living(candidate.dropped_blocks)
+        fraction = self._latencies.fraction(outputs, inputs, living)
+        return fraction * self._by_scores(candidate, "macs")
+
     def objective(
         self, objectives: Mapping[str, str]
     ) -> tuple[str, Callable[[Mapping[str, Any]], float]] | None:
         """The first objective that can be told from the parameters alone, and how.
 
-        Latency, speedup and memory are told by the MACs.
+        Memory is told by the MACs, and so is latency where no layers were measured.
         """
         for name in objectives:
+            if name in BY_LATENCY and self._latencies is not None:
+                return "latency", self.latency
             if name == "num_params":
                 return name, self.num_params
             if name in BY_MACS:
@@ -286,10 +306,22 @@ class Costs:
         return float(y0 if x1 == x0 else y0 + (k - x0) / (x1 - x0) * (y1 - y0))
 
 
-def costs_of(problem: Problem, space: Space, table: SensitivityTable | None = None) -> Costs:
-    """The costs of a run's candidates."""
+def costs_of(
+    problem: Problem,
+    space: Space,
+    table: SensitivityTable | None,
+    run_dir: Path,
+    measure_layers: Callable[[], LayerLatencies],
+) -> Costs:
+    """The costs of a run's candidates; layers are timed once, where latency is an objective."""
     layers = LayerCosts(problem.model, problem.plan, problem.task.example_input())
-    return Costs(space, layers, table)
+    path, latencies = run_dir / LAYERS, None
+    if path.exists():
+        latencies = LayerLatencies.from_json(read_json(path))
+    elif table is not None and any(name in BY_LATENCY for name in problem.config.objectives):
+        latencies = measure_layers()
+        write_json(path, dataclasses.asdict(latencies))
+    return Costs(space, layers, table, latencies)
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -302,6 +334,11 @@ class Level:
     dimension: str
     value: float
     params: Params
+
+    @property
+    def needed(self) -> bool:
+        """Whether a table without its dimension has a hole."""
+        return not self.dimension.startswith((f"{CRITERION}:", f"{SELECT}:"))
 
 
 def measure_sensitivity(
@@ -317,7 +354,8 @@ def measure_sensitivity(
         say: Told what is done.
 
     Returns:
-        The table; None when it is switched off or nothing can be scored alone.
+        The table; None when it is switched off, when nothing can be scored alone, or when one
+        level of every dimension would cost too much beside the trials.
     """
     config, path = problem.config, run_dir / SENSITIVITY
     if path.exists():
@@ -326,9 +364,10 @@ def measure_sensitivity(
         return None
     if any((run_dir / "trials").glob("*.parquet")):
         return None  # resumed: its trials began without a table, and must go on alike
-    chosen = levels(space)[: max_evaluations(config, problem) - 1]
-    if not chosen:
-        return None
+    every = levels(space)
+    chosen = every[: max_evaluations(config, problem) - 1]
+    if not chosen or not {e.dimension for e in every if e.needed} <= {e.dimension for e in chosen}:
+        return None  # a table with holes would prune what it knows and nothing else
     table = _measure(problem, space, baseline_accuracy, chosen)
     write_json(path, table.to_json())
     say(f"sensitivity: {len(chosen)} edits measured alone ({table.seconds:.1f} s)")
