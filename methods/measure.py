@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from .trace import evaluating
 
@@ -66,9 +66,9 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: Run once in eval mode.
         example_input: [B, C, H, W]; the first example is used.
     """
-    with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), torch.no_grad(), _Flops() as counter:
         model(example_input[:1])
-    return int(counter.get_total_flops()) // 2
+    return int(counter.total) // 2
 
 
 def count_params(model: nn.Module) -> int:
@@ -205,6 +205,27 @@ def timing(threads: int, *models: nn.Module) -> Iterator[None]:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             yield
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """FlopCounterMode without its table of modules, in a third of the time.
+
+    It needs no_grad: inference_mode shows operators before they are taken apart.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]

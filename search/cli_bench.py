@@ -56,6 +56,27 @@ def bench_criteria_command(
     out.print_json(json.dumps(result)) if as_json else print_wide(criteria_table(result))
 
 
+@bench.command("trial")
+def bench_trial_command(
+    model: str = "resnet20",
+    image_size: Annotated[int, typer.Option(min=8, help="Pixels of the digits.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Seeds.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=100, help="The most images to use.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a trial beside the same steps with torch-pruning and no caches; profile it."""
+    from .bench.trial import bench_trial, trial_tables
+
+    result = checked(
+        lambda: bench_trial(model=model, image_size=image_size, rounds=rounds, limit=limit)
+    )
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        for table in trial_tables(result):
+            print_wide(table)
+
+
 @bench.command("controls")
 def bench_controls_command(
     config: ConfigFile,

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.measure import (
@@ -56,6 +57,23 @@ def test_macs_by_hand_and_of_one_image_whatever_the_batch():
     assert count_macs(model, torch.zeros(1, 3, 8, 8)) == by_hand
     assert count_macs(model, torch.zeros(7, 3, 8, 8)) == by_hand
     assert count_params(model) == (8 * 27 + 8) + 16 + (8 * 9 + 8) + (128 * 5 + 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("resnet20", 16),
+        ("torchvision:mobilenet_v3_small", 32),
+        ("torchvision:densenet121", 32),
+        ("torchvision:vit_b_16", 224),
+    ],
+)
+def test_macs_are_half_of_what_torch_counts(name, pixels):
+    model = build_model(name, num_classes=10).eval()
+    image = torch.zeros(1, 3, pixels, pixels)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(image)
+    assert count_macs(model, image) == counter.get_total_flops() // 2 > 0
 
 
 # --- memory ----------------------------------------------------------------------------------
