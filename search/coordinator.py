@@ -24,6 +24,7 @@ from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
 from .space import Space
 from .store import Store
+from .surrogate.features import Hints
 from .trial import with_provenance
 
 COMPACT_EVERY = 256
@@ -48,6 +49,7 @@ class Coordinator:
         run_dir: Path,
         listener: Listener,
         seeds: Sequence[Seed] | None = None,
+        hints: Hints | None = None,
     ) -> None:
         self.config = config
         self._run_dir = run_dir
@@ -56,7 +58,7 @@ class Coordinator:
         self.baseline = baseline
         if seeds is None:
             seeds = default_seeds(space, config)
-        sampler = Sampler(space, config, seeds, dataclasses.asdict(baseline))
+        sampler = Sampler(space, config, seeds, dataclasses.asdict(baseline), hints)
         self.results: dict[str, TrialResult] = {}
         self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}

@@ -263,6 +263,7 @@ def _execute(
     from .seeds import default_seeds
     from .sensitivity import costs_of, measure_sensitivity
     from .setup import make_space, pose
+    from .surrogate.hints import hints_of
 
     progress = progress or Progress.silent()
     folder = folder.absolute()  # Ray's workers start in other folders
@@ -297,7 +298,8 @@ def _execute(
         with clock("sensitivity_s"):
             costs = costs_of(problem, space, table, folder, fleet.measure_layers)
             seeds = default_seeds(space, config, table, costs)
-        coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds)
+        hints = hints_of(costs, table)
+        coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds, hints)
         with clock("trials_s"), progress.live(coordinator):
             try:
                 fleet.run(coordinator, progress.running)

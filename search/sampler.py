@@ -25,6 +25,7 @@ from .metrics import METRICS
 from .records import Candidate, TrialResult, TrialStatus, violations
 from .seeds import Seed
 from .space import Params, Space
+from .surrogate.features import Hints
 from .surrogate.proposer import Observation, SurrogateProposer
 from .surrogate.variation import Variation
 
@@ -60,6 +61,7 @@ class Sampler:
         config: Names objectives, constraints, the sampler and its seed.
         seeds: Tried first, in this order.
         baseline: The dense model's metrics; they bound the hypervolume that is searched for.
+        hints: What the surrogate may know of a candidate without a trial.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Sampler:
         config: SearchConfig,
         seeds: Sequence[Seed],
         baseline: Mapping[str, float],
+        hints: Hints | None = None,
     ) -> None:
         self._space = space
         self._name = config.search.sampler
@@ -78,7 +81,7 @@ class Sampler:
         self._told: dict[int, Told] = {}
         self._lock = threading.Lock()
         self._learner: _Learner = (
-            _Surrogate(space, config, baseline)
+            _Surrogate(space, config, baseline, hints)
             if self._name == SURROGATE
             else _Optuna(space, config)
         )
@@ -143,10 +146,16 @@ class _Learner(Protocol):
 class _Surrogate:
     """Gaussian processes and expected hypervolume improvement."""
 
-    def __init__(self, space: Space, config: SearchConfig, baseline: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        space: Space,
+        config: SearchConfig,
+        baseline: Mapping[str, float],
+        hints: Hints | None,
+    ) -> None:
         objectives = config.objectives
         worst = dict(zip(objectives, reference_point(baseline, objectives), strict=True))
-        self._proposer = SurrogateProposer(space, objectives, config.constraints, worst)
+        self._proposer = SurrogateProposer(space, objectives, config.constraints, worst, hints)
         self._observations: dict[int, Observation] = {}
 
     def learn(self, told: Sequence[Told]) -> None:

@@ -243,16 +243,16 @@ class Costs:
         self._table = table
         self._latencies = latencies
 
-    def macs(self, params: Mapping[str, Any]) -> int:
+    def macs(self, params: Mapping[str, Any], candidate: Candidate | None = None) -> int:
         """Multiply-adds of one image: exact under the rule `ratio`, else an estimate."""
-        candidate = self._space.candidate(params)
+        candidate = candidate or self._space.candidate(params)
         keep = dict(candidate.keep)
         macs = self.layers.macs(keep, candidate.dropped_blocks)
         return round(macs * self._by_scores(candidate, "macs"))
 
-    def num_params(self, params: Mapping[str, Any]) -> int:
+    def num_params(self, params: Mapping[str, Any], candidate: Candidate | None = None) -> int:
         """Parameters: exact under the rule `ratio`, else an estimate."""
-        candidate = self._space.candidate(params)
+        candidate = candidate or self._space.candidate(params)
         keep = dict(candidate.keep)
         count = self.layers.num_params(keep, candidate.dropped_blocks)
         return round(count * self._by_scores(candidate, "num_params"))
