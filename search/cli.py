@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_bench import bench
+from .cli_cache import cache
 from .cli_common import (
     Address,
     AsJson,
@@ -41,6 +42,7 @@ app = typer.Typer(
     help="Structured pruning of vision models as a multi-objective search on Ray.",
 )
 app.add_typer(bench, name="bench")
+app.command()(cache)
 
 
 def main() -> None:

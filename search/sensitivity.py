@@ -25,6 +25,7 @@ from ..methods.layer_costs import LayerCosts
 from ..methods.layer_latency import LayerLatencies
 from ..methods.sensitivity import measure_edit
 from ..methods.surgery import inside
+from .cache import Say, Shared, open_cache, sharing_here
 from .config import SearchConfig
 from .context import TrialContext
 from .prune import make_recipe
@@ -32,8 +33,6 @@ from .records import Candidate
 from .setup import Problem
 from .space import CRITERION, DSD, FRACTION_OF, NUM_BLOCKS, SELECT, Params, Space, block_name
 from .store import read_json, write_json
-
-Say = Callable[[str], None]
 
 SENSITIVITY = "sensitivity.json"
 LAYERS = "layers.json"
@@ -368,7 +367,8 @@ def measure_sensitivity(
     chosen = every[: max_evaluations(config, problem) - 1]
     if not chosen or not {e.dimension for e in every if e.needed} <= {e.dimension for e in chosen}:
         return None  # a table with holes would prune what it knows and nothing else
-    table = _measure(problem, space, baseline_accuracy, chosen)
+    shared = sharing_here(open_cache(config.cache, run_dir, say))
+    table = _measure(problem, space, baseline_accuracy, chosen, shared)
     write_json(path, table.to_json())
     say(f"sensitivity: {len(chosen)} edits measured alone ({table.seconds:.1f} s)")
     return table
@@ -470,12 +470,23 @@ def _distinct(space: Space, found: Sequence[Level]) -> list[Level]:
 
 
 def _measure(
-    problem: Problem, space: Space, baseline_accuracy: float, chosen: Sequence[Level]
+    problem: Problem,
+    space: Space,
+    baseline_accuracy: float,
+    chosen: Sequence[Level],
+    shared: Shared,
 ) -> SensitivityTable:
     start = time.perf_counter()
     config = problem.config
     context = TrialContext(
-        config, problem.task, problem.model, problem.plan, baseline_accuracy, None
+        config,
+        problem.task,
+        problem.model,
+        problem.plan,
+        baseline_accuracy,
+        None,
+        shared=shared,  # the trials read these scores
+        data_digest=problem.data_digest,
     )
     costs = LayerCosts(problem.model, problem.plan, problem.task.example_input())
     dense = _entry(Level("", 0.0, {}), Candidate(), context, costs)

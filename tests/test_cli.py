@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunesearch.search import ConfigError, cli, runs
+from prunesearch.search.shelf import Packed, Shelf, address
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -271,3 +272,17 @@ def test_sparse_needs_a_run_with_sparse_training(invoke: Invoke, tmp_path: Path)
     (tmp_path / "run" / "config.yaml").write_text(SMALL)
     code, _, err = invoke("sparse", tmp_path / "run")
     assert code == 2 and "sparse training" in err and "dsd" in err
+
+
+def test_cache_shows_what_runs_share_and_clears_it(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = {"kind": "scores", "criterion": "fgp"}
+    monkeypatch.setenv("PRUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+    Shelf(tmp_path / "cache" / "results").put(address(key), Packed.of(key, {}, bytes(2**20)))
+    code, out, _ = invoke("cache")
+    assert code == 0 and "1 scores" in out and "1.0 MiB" in out
+    assert str(tmp_path) in out.replace("\n", "")
+    code, out, _ = invoke("cache", "--clear", "--json")
+    assert code == 0 and json.loads(out)["kinds"] == {}
+    assert not list((tmp_path / "cache" / "results").glob("scores-*"))
