@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, write_config
+from helpers import SMALL, command, write_config
 
 from prunesearch.methods.measure import Latency
 from prunesearch.methods.surgery import apply
 from prunesearch.search import Run
 from prunesearch.search.cache import Cache, sharing_here
-from prunesearch.search.config import SearchConfig, load_config, parse_config
+from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import prepare_dense
 from prunesearch.search.finished import OF_THE_RUN, FinishedTrials, finished_key
@@ -162,20 +162,18 @@ def test_blocks_are_ranked_once_for_all_runs(
 
 
 def test_a_second_run_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a real Ray: dense model, ranking, latencies and trials are those of the first run."""
-    from prunesearch.search import run
-    from prunesearch.search.cluster import connect
-
+    """Each on a Ray of its own: dense model, ranking, latencies, trials are the first run's."""
     monkeypatch.setenv("PRUNE_SEARCH_CACHE", str(tmp_path / "user"))
     text = SMALL.replace("cache: {reuse: dense}", "").replace("trials: 6", "trials: 3")
-    settings = load_config(write_config(tmp_path, text))
+    settings = write_config(tmp_path, text)
     shelf = Shelf(tmp_path / "user" / "results")
     runs: list[Run] = []
     kept: list[Any] = []
-    with connect(None):
-        for name in ("first", "second"):
-            runs.append(run(settings, out=tmp_path / name))
-            kept.append(shelf.usage())
+    for name in ("first", "second"):
+        done = command("run", settings, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        runs.append(Run(tmp_path / name))
+        kept.append(shelf.usage())
     assert kept[0] == kept[1]
     assert kept[0].keys() == {"dense", "ranking", "reference", "latency", "scores", "trial"}
     first, second = (one.results() for one in runs)
