@@ -473,7 +473,7 @@ class SamplerConfig(_Section):
     """How the search proceeds."""
 
     sampler: Literal["surrogate", "tpe", "nsga2", "gp", "random"] = Field(
-        default="tpe", description="what proposes candidates"
+        default="surrogate", description="what proposes candidates"
     )
     trials: int = Field(
         default=40, ge=1, description="the number of trials, seed candidates included"

@@ -259,9 +259,10 @@ def _execute(
     new: bool,
 ) -> Run:
     from .coordinator import Coordinator
+    from .costs import costs_of
     from .dense import prepare_dense
     from .seeds import default_seeds
-    from .sensitivity import costs_of, measure_sensitivity
+    from .sensitivity import measure_sensitivity
     from .setup import make_space, pose
     from .surrogate.hints import hints_of
 

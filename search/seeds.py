@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .config import SearchConfig
+from .costs import Costs
 from .knapsack import Item, Problem, solve
 from .records import Candidate
-from .sensitivity import Costs, SensitivityTable
+from .sensitivity import SensitivityTable
 from .space import CRITERION, DSD, FRACTION_OF, NUM_BLOCKS, SELECT, Params, Space
 
 SEED_SHARE = 0.2  # at most this share of the trials are seed candidates
@@ -156,8 +157,10 @@ def _items(space: Space, table: SensitivityTable, base: Params) -> Iterator[Item
         elif isinstance(value, bool):
             yield Item(name, (False, True), (False, True))
         else:
-            low = space.fraction_bounds(str(base[SELECT])).low
-            yield Item(name, tuple(float(v) for v in np.linspace(value, low, count)))
+            rule = str(base[SELECT])
+            low = space.fraction_bounds(rule).low
+            spaced = [space.on_grid(rule, float(v)) for v in np.linspace(value, low, count)]
+            yield Item(name, tuple(dict.fromkeys(spaced)))
 
 
 def _mixed(knapsack: Sequence[Seed], others: Sequence[Seed]) -> list[Seed]:

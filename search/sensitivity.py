@@ -14,7 +14,7 @@ import bisect
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.layer_costs import LayerCosts
-from ..methods.layer_latency import LayerLatencies
 from ..methods.sensitivity import measure_edit
 from ..methods.surgery import inside
 from .cache import Say, Shared, open_cache, sharing_here
@@ -35,7 +34,6 @@ from .space import CRITERION, DSD, FRACTION_OF, NUM_BLOCKS, SELECT, Params, Spac
 from .store import read_json, write_json
 
 SENSITIVITY = "sensitivity.json"
-LAYERS = "layers.json"
 SHARE = 0.2  # of what the trials will cost, at most: so much fewer are seeds than without
 IMAGES = 2000  # validation images of one evaluation, at most
 RECALIBRATION_IMAGES = 512
@@ -43,8 +41,6 @@ TRAINING = 3  # a training step costs so many forward passes
 LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
 UNIFORM = 0.6  # where criteria are compared with each other
 FLOOR = 1e-3  # accuracies this near to 0 or 1 have no finite log-odds
-BY_LATENCY = ("latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup")
-BY_MACS = ("macs", "peak_memory_mib", *BY_LATENCY)
 SMALLEST_LOSS = 1e-4
 
 
@@ -220,109 +216,6 @@ def neutral(dimension: str) -> float:
     return 0.0 if no_keep else 1.0
 
 
-class Costs:
-    """MACs and parameters of the space's candidates, without building them.
-
-    Args:
-        space: The space.
-        layers: The dense model's layers.
-        table: Says what the rules cost whose widths depend on scores; None where there is none.
-        latencies: Of the layers alone; None where they were not measured.
-    """
-
-    def __init__(
-        self,
-        space: Space,
-        layers: LayerCosts,
-        table: SensitivityTable | None = None,
-        latencies: LayerLatencies | None = None,
-    ) -> None:
-        self._space = space
-        self.layers = layers
-        self._table = table
-        self._latencies = latencies
-
-    def macs(self, params: Mapping[str, Any], candidate: Candidate | None = None) -> int:
-        """Multiply-adds of one image: exact under the rule `ratio`, else an estimate."""
-        candidate = candidate or self._space.candidate(params)
-        keep = dict(candidate.keep)
-        macs = self.layers.macs(keep, candidate.dropped_blocks)
-        return round(macs * self._by_scores(candidate, "macs"))
-
-    def num_params(self, params: Mapping[str, Any], candidate: Candidate | None = None) -> int:
-        """Parameters: exact under the rule `ratio`, else an estimate."""
-        candidate = candidate or self._space.candidate(params)
-        keep = dict(candidate.keep)
-        count = self.layers.num_params(keep, candidate.dropped_blocks)
-        return round(count * self._by_scores(candidate, "num_params"))
-
-    def latency(self, params: Mapping[str, Any]) -> float:
-        """Latency relative to the dense model's, in 0..1: the sum of the layers' own."""
-        assert self._latencies is not None
-        candidate = self._space.candidate(params)
-        outputs, inputs = self.layers.layer_fractions(dict(candidate.keep))
-        living = self.layers.living(candidate.dropped_blocks)
-        fraction = self._latencies.fraction(outputs, inputs, living)
-        return fraction * self._by_scores(candidate, "macs")
-
-    def objective(
-        self, objectives: Mapping[str, str]
-    ) -> tuple[str, Callable[[Mapping[str, Any]], float]] | None:
-        """The first objective that can be told from the parameters alone, and how.
-
-        Memory is told by the MACs, and so is latency where no layers were measured.
-        """
-        for name in objectives:
-            if name in BY_LATENCY and self._latencies is not None:
-                return "latency", self.latency
-            if name == "num_params":
-                return name, self.num_params
-            if name in BY_MACS:
-                return "macs", self.macs
-        return None
-
-    def _by_scores(self, candidate: Candidate, metric: str) -> float:
-        """The fraction that stays where widths depend on scores: between the measured levels."""
-        rule, k = candidate.select, candidate.k
-        if rule == "macs" and k is not None and metric == "macs":
-            return k
-        if self._table is None or rule in (None, "ratio"):
-            return 1.0
-        dense = getattr(self._table, metric)
-        name = FRACTION_OF.get(str(rule), f"{SELECT}:{rule}")
-        points = sorted(
-            (e.value, getattr(e, metric) / dense)
-            for e in self._table.entries
-            if e.dimension == name
-        )
-        if not points:
-            return 1.0 if k is None else k**2
-        if k is None:
-            return float(points[0][1])
-        points = [(0.0, 0.0), *points, (1.0, 1.0)]
-        right = max(1, bisect.bisect_left([p[0] for p in points], k))
-        (x0, y0), (x1, y1) = points[right - 1], points[min(right, len(points) - 1)]
-        return float(y0 if x1 == x0 else y0 + (k - x0) / (x1 - x0) * (y1 - y0))
-
-
-def costs_of(
-    problem: Problem,
-    space: Space,
-    table: SensitivityTable | None,
-    run_dir: Path,
-    measure_layers: Callable[[], LayerLatencies],
-) -> Costs:
-    """The costs of a run's candidates; layers are timed once, where latency is an objective."""
-    layers = LayerCosts(problem.model, problem.plan, problem.task.example_input())
-    path, latencies = run_dir / LAYERS, None
-    if path.exists():
-        latencies = LayerLatencies.from_json(read_json(path))
-    elif table is not None and any(name in BY_LATENCY for name in problem.config.objectives):
-        latencies = measure_layers()
-        write_json(path, dataclasses.asdict(latencies))
-    return Costs(space, layers, table, latencies)
-
-
 # --- measuring -------------------------------------------------------------------------------
 
 
@@ -422,14 +315,13 @@ def _rule_levels(space: Space, criterion: str, rule: str, level: float) -> list[
     base = space.block_params(0) | {CRITERION: criterion, SELECT: rule}
     if rule == "ratio":
         names = space.keep_names()
-        value = _between(space.config.keep.low, space.config.keep.high, level)
+        value = _between(space, rule, level)
         dense = dict.fromkeys(names, 1.0)
         return [Level(name, value, base | dense | {name: value}) for name in names]
     if rule not in FRACTION_OF:
         return [Level(f"{SELECT}:{rule}", 1.0, base)] if level == LEVELS[0] else []
     name = FRACTION_OF[rule]
-    bounds = space.fraction_bounds(rule)
-    value = _between(bounds.low, bounds.high, level)
+    value = _between(space, rule, level)
     return [Level(name, value, base | {name: value})]
 
 
@@ -438,7 +330,7 @@ def _criterion_levels(space: Space, reference: str) -> list[Level]:
     able = [name for name in space.criteria if name != DSD]
     if "ratio" not in space.config.select or len(able) < 2:
         return []
-    keep = _between(space.config.keep.low, space.config.keep.high, UNIFORM)
+    keep = _between(space, "ratio", UNIFORM)
     alike = dict.fromkeys(space.keep_names(), keep) | space.block_params(0) | {SELECT: "ratio"}
     return [
         Level(f"{CRITERION}:{name}", keep, alike | {CRITERION: name})
@@ -453,8 +345,9 @@ def _dense(space: Space, criterion: str | None) -> Params:
     return {CRITERION: criterion, SELECT: "ratio"} | dict.fromkeys(space.keep_names(), 1.0)
 
 
-def _between(low: float, high: float, share: float) -> float:
-    return low + share * (high - low)
+def _between(space: Space, rule: str, share: float) -> float:
+    bounds = space.fraction_bounds(rule)
+    return space.on_grid(rule, bounds.low + share * (bounds.high - bounds.low))
 
 
 def _distinct(space: Space, found: Sequence[Level]) -> list[Level]:
@@ -491,6 +384,20 @@ def _measure(
     costs = LayerCosts(problem.model, problem.plan, problem.task.example_input())
     dense = _entry(Level("", 0.0, {}), Candidate(), context, costs)
     measured = [_entry(one, space.candidate(one.params), context, costs) for one in chosen]
+    return table_of(space, dense, measured, time.perf_counter() - start)
+
+
+def table_of(
+    space: Space, dense: Entry, measured: Sequence[Entry], seconds: float = 0.0
+) -> SensitivityTable:
+    """The table of what was measured.
+
+    Args:
+        space: The space.
+        dense: The dense model on the same images.
+        measured: The levels, those of `criterion:NAME` too.
+        seconds: What it took.
+    """
     reference = reference_criterion(space)
     return SensitivityTable(
         accuracy=dense.accuracy,
@@ -503,7 +410,7 @@ def _measure(
         blocks=space.block_order if space.max_blocks else (),
         max_blocks=space.max_blocks,
         lost=_lost(space),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 

@@ -264,11 +264,11 @@ class Space:
         """Parameters that keep the same fraction everywhere, by the first rule that fits."""
         if criterion == DSD:
             return self._sparse_params(keep)
-        if "ratio" in self.config.select:
-            params: Params = {CRITERION: criterion, SELECT: "ratio"}
+        keep = self.on_grid(self.first_rule, keep)
+        rule = self.first_rule
+        params: Params = {CRITERION: criterion, SELECT: rule}
+        if rule == "ratio":
             return params | {name: keep for name in self.keep_names()}
-        rule = self.config.select[0]
-        params = {CRITERION: criterion, SELECT: rule}
         return params | ({FRACTION_OF[rule]: keep} if rule in FRACTION_OF else {})
 
     def fraction_bounds(self, rule: str) -> KeepConfig | TopKConfig | MacsConfig:
@@ -280,6 +280,19 @@ class Space:
                 return self.config.macs_keep
             case _:
                 return self.config.keep
+
+    @property
+    def first_rule(self) -> str:
+        """The rule of equal fractions where there is one, else the first."""
+        return "ratio" if "ratio" in self.config.select else self.config.select[0]
+
+    def on_grid(self, rule: str, value: float) -> float:
+        """The fraction nearest to `value` that the rule's dimension has; unbounded ones as is."""
+        bounds = self.fraction_bounds(rule)
+        step = getattr(bounds, "step", None)
+        if step is None:
+            return value
+        return min(_steps(bounds.low, bounds.high, step), key=lambda point: abs(point - value))
 
     def admits(self, params: Mapping[str, Any]) -> bool:
         """Whether every parameter lies within its bounds."""

@@ -12,9 +12,10 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.layer_costs import LayerCosts
 from prunesearch.methods.models.build import build_model
 from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.costs import Costs
 from prunesearch.search.knapsack import Item, Problem, cheapest_damage, solve
 from prunesearch.search.seeds import default_seeds, knapsack_seeds, make_seeds
-from prunesearch.search.sensitivity import Costs, Entry, SensitivityTable, levels, neutral
+from prunesearch.search.sensitivity import Entry, SensitivityTable, levels, neutral
 from prunesearch.search.space import Space
 
 ORDER = ("layer2.1", "layer1.2", "layer3.1", "layer1.1", "layer3.2", "layer2.2")

@@ -16,10 +16,10 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.methods.sensitivity import measure_edit
 from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.costs import Costs
 from prunesearch.search.dense import prepare_dense
 from prunesearch.search.sensitivity import (
     SENSITIVITY,
-    Costs,
     Entry,
     SensitivityTable,
     levels,

@@ -15,23 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
+from ...methods.layer_costs import LayerCosts
 from ..config import SearchConfig, parse_config
+from ..costs import Costs
 from ..environment import environment
 from ..front import Front, reference_point
 from ..progress import Progress
 from ..records import Candidate, TrialResult, TrialStatus
 from ..sampler import Sampler
-from ..seeds import UNIFORM_KEEPS, default_seeds
+from ..seeds import UNIFORM_KEEPS, Seed, default_seeds
+from ..sensitivity import Entry, Level, SensitivityTable, levels, table_of
+from ..setup import make_model
 from ..space import Params, Space
+from ..surrogate.hints import hints_of
 from .enumerate import Enumeration, enumerate_space
 
 ENOUGH = 0.95  # of the exact hypervolume
 SHARE = 0.10  # of the evaluations
 BUDGETS = (30, 60, 100, 200, 500)
 MOST_GP = 100  # trials: Optuna's GP takes seconds, then a minute a proposal
-SAMPLERS = ("surrogate", "tpe", "gp", "nsga2", "random")
+LABELS = ("search", "surrogate alone", "tpe", "gp", "nsga2", "random", "uniform")
 
 
 def bench_front(
@@ -53,7 +59,7 @@ def bench_front(
     volume = exact_hypervolume(exact, config)
     budget = max(1, math.floor(SHARE * len(exact.rows)))
     rows = []
-    for label in (*SAMPLERS, "surrogate, no seeds", "tpe with seeds", "uniform"):
+    for label in LABELS:
         progress.say(f"{label}: {seeds} searches of up to {budget} evaluations")
         most = min(budget, MOST_GP) if label == "gp" else budget
         searches = [_search(label, exact, space, config, seed, most) for seed in range(seeds)]
@@ -116,17 +122,46 @@ def _candidates(
     if label == "uniform":
         yield from _uniform(space, budget)
         return
-    name = label.split()[0].rstrip(",")
+    knowing = label in ("search", "surrogate alone")
     data = config.model_dump(mode="json")
-    seeded = label in ("surrogate", "tpe with seeds")
-    data["search"] |= {"sampler": name, "seed": seed, "trials": budget, "seeds": seeded}
-    config = parse_config(data)
-    first = default_seeds(space, config)
-    sampler = Sampler(space, config, first, exact.facts["baseline"])
+    data["search"] |= {
+        "sampler": "surrogate" if knowing else label,
+        "seed": seed,
+        "trials": budget,
+    }
+    table, costs, first = None, _costs(exact, config, space), list[Seed]()
+    if label == "search":
+        table, measured = _table(exact, space, config)
+        yield from measured
+        costs = Costs(space, costs.layers, table)
+        first = default_seeds(space, parse_config(data), table, costs)
+    hints = hints_of(costs, table) if knowing else None
+    sampler = Sampler(space, parse_config(data), first, exact.facts["baseline"], hints)
     for number in range(budget):
         candidate = sampler.ask(number).candidate
         yield candidate
         sampler.tell(number, _result(number, candidate, exact))
+
+
+def _costs(exact: Enumeration, config: SearchConfig, space: Space) -> Costs:
+    """MACs and parameters of any candidate, from the model's shapes alone."""
+    model = make_model(config, len(exact.facts["classes"]), trained=False)
+    image = torch.zeros(1, *exact.facts["image_shape"])
+    return Costs(space, LayerCosts(model, space.plan, image))
+
+
+def _table(
+    exact: Enumeration, space: Space, config: SearchConfig
+) -> tuple[SensitivityTable, list[Candidate]]:
+    """The sensitivity table as the search measures it, and the evaluations that it takes."""
+    chosen = [Candidate(), *(space.candidate(level.params) for level in levels(space))]
+
+    def entry(level: Level, candidate: Candidate) -> Entry:
+        row = exact.rows[candidate.key]
+        return Entry(level.dimension, level.value, **row)
+
+    measured = [entry(level, c) for level, c in zip(levels(space), chosen[1:], strict=True)]
+    return table_of(space, entry(Level("", 0.0, {}), Candidate()), measured), chosen
 
 
 def _uniform(space: Space, budget: int) -> Iterator[Candidate]:

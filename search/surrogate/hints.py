@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..costs import Costs
 from ..records import Candidate
-from ..sensitivity import Costs, SensitivityTable
+from ..sensitivity import SensitivityTable
 from ..space import Params
 from .features import Hints
 
