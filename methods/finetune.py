@@ -7,7 +7,10 @@ Batch-norm recalibration: Li et al. 2020 (EagleEye), arXiv:2007.02491. Distillat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -94,39 +97,165 @@ def finetune(
     """
     if epochs <= 0:
         return
-    sizes = epoch_sizes(epochs, task.num_train)
-    total = sum(_num_batches(size, task.batch_size) for size in sizes)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    options = FinetuneOptions(
+        epochs, lr, momentum, weight_decay, distill, augment, milestones, gamma
     )
+    Finetuning(model, task, options, generator=generator, teacher=teacher).run(on_epoch=on_epoch)
 
-    def rate(step: int) -> float:
-        if milestones is None:
-            return _cosine(step, total)
-        return gamma ** sum(step >= fraction * total for fraction in milestones)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    model.train()
-    for epoch, max_images in enumerate(sizes, start=1):
-        losses = []
-        for images, target in task.train_batches(
-            generator, max_images=max_images, augment=augment
-        ):
-            loss = _loss(model, task, images, target, teacher, distill)
-            optimizer.zero_grad(set_to_none=True)
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How a model is fine-tuned; `finetune` describes each."""
+
+    epochs: float
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    distill: float = 0.0
+    augment: bool = True
+    milestones: Sequence[float] | None = None
+    gamma: float = 0.1
+
+
+class Finetuning:
+    """Fine-tuning that may stop after any step and go on later, on another machine too.
+
+    However often it stops, it ends with the same weights, bit for bit: the schedule is that of
+    the whole training, and what was drawn of a cut epoch is drawn again.
+
+    Args:
+        model: Trained in place.
+        task: Supplies augmented training batches and the loss.
+        options: The whole training.
+        generator: Draws the batches and the augmentation.
+        teacher: The dense model; needed when `options.distill` > 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        options: FinetuneOptions,
+        *,
+        generator: torch.Generator,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.step = 0
+        self._model, self._task, self._options = model, task, options
+        self._generator, self._teacher = generator, teacher
+        self._sizes = epoch_sizes(options.epochs, task.num_train)
+        counts = [_num_batches(size, task.batch_size) for size in self._sizes]
+        self._starts = list(accumulate(counts, initial=0))  # steps before each epoch, and in all
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.SGD(
+            self._parameters.values(),
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.momentum > 0,
+        )
+        self._losses: list[Tensor] = []  # of this epoch so far
+        self._drawn = generator.get_state()  # as this epoch began
+        self._dropout = _global_states(task.device)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return self._starts[-1]
+
+    def run(
+        self, until: int | None = None, *, on_epoch: Callable[[int, float], None] | None = None
+    ) -> None:
+        """Trains until so many steps are done in all; `num_steps` for None.
+
+        Args:
+            until: Steps since the beginning. The model ends in eval mode.
+            on_epoch: Called after each epoch with its number (from 1) and its mean training loss.
+
+        Raises:
+            FloatingPointError: If the loss is no longer finite.
+        """
+        until = self.num_steps if until is None else min(until, self.num_steps)
+        _set_global_states(self._dropout, self._task.device)
+        self._generator.set_state(self._drawn)
+        self._model.train()
+        while self.step < until:
+            epoch = bisect_right(self._starts, self.step)
+            first, last = self._starts[epoch - 1], self._starts[epoch]
+            self._train(epoch, self.step - first, min(until, last) - first)
+            mean = self._mean_loss(epoch)
+            if self.step < last:
+                break  # in the middle of an epoch
+            self._losses, self._drawn = [], self._generator.get_state()
+            if on_epoch is not None:
+                on_epoch(epoch, mean)
+        self._dropout = _global_states(self._task.device)
+        self._model.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on, beside the model's own weights; on the CPU."""
+        momentum = {
+            f"momentum.{name}": self._optimizer.state[p]["momentum_buffer"].cpu().contiguous()
+            for name, p in self._parameters.items()
+            if self._optimizer.state[p].get("momentum_buffer") is not None
+        }
+        dropout = {f"dropout.{n}": state.clone() for n, state in enumerate(self._dropout)}
+        return {
+            "step": torch.tensor(self.step),
+            "drawn": self._drawn.clone(),
+            "losses": torch.tensor([float(loss) for loss in self._losses]),
+            **dropout,
+            **momentum,
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where a training with the same model, task and options was when it stopped.
+
+        Args:
+            state: From `state`. The model's own weights are loaded apart.
+        """
+        self.step = int(state["step"])
+        self._drawn = state["drawn"].clone()
+        self._losses = list(state["losses"].to(self._task.device))
+        self._dropout = [state[f"dropout.{n}"].clone() for n in range(len(self._dropout))]
+        for name, p in self._parameters.items():
+            if (buffer := state.get(f"momentum.{name}")) is not None:
+                self._optimizer.state[p]["momentum_buffer"] = buffer.to(p.device, copy=True)
+
+    def _train(self, epoch: int, begin: int, end: int) -> None:
+        """Trains on the batches from `begin` to before `end`; the others are drawn as before."""
+        batches = self._task.train_batches(
+            self._generator,
+            max_images=self._sizes[epoch - 1],
+            augment=self._options.augment,
+        )
+        group = self._optimizer.param_groups[0]
+        for images, target in islice(batches, begin, end):
+            group["lr"] = self._options.lr * self._rate(self.step)
+            loss = _loss(
+                self._model, self._task, images, target, self._teacher, self._options.distill
+            )
+            self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        mean = float(torch.stack(losses).mean()) if losses else 0.0
+            self._optimizer.step()
+            self._losses.append(loss.detach())
+            self.step += 1
+
+    def _mean_loss(self, epoch: int) -> float:
+        mean = float(torch.stack(self._losses).mean()) if self._losses else 0.0
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"the training loss became {mean} in epoch {epoch}; a lower `lr` (={lr}) may help"
+                f"the training loss became {mean} in epoch {epoch}; a lower `lr` "
+                f"(={self._options.lr}) may help"
             )
-        if on_epoch is not None:
-            on_epoch(epoch, mean)
-    model.eval()
+        return mean
+
+    def _rate(self, step: int) -> float:
+        """What the learning rate is multiplied by."""
+        milestones, total = self._options.milestones, self.num_steps
+        if milestones is None:
+            return _cosine(step, total)
+        return self._options.gamma ** sum(step >= part * total for part in milestones)
 
 
 def _loss(
@@ -166,3 +295,15 @@ def _cosine(step: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _global_states(device: torch.device) -> list[Tensor]:
+    """States of torch's own generators, from which dropout draws."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_global_states(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
