@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +30,14 @@ from .context import TrialContext, TrialSpec
 from .digests import latency_basis
 from .environment import fingerprint
 from .finished import FinishedTrials
-from .records import Candidate
 from .setup import find_groups, load_state, make_model, make_task, trial_device, unpack_images
 from .shelf import Packed, address
-from .store import atomic_write_bytes
+from .store import RUNGS, atomic_write_bytes
 from .trial import run_trial
 from .watchdog import watchdog
+from .work import Work, restore_work
+
+MOST_PAUSED = 4  # waiting trials in a worker's memory; each is a model and its momentum
 
 
 class Worker(tune.Trainable):
@@ -46,6 +47,7 @@ class Worker(tune.Trainable):
         """Builds what all trials of this worker share."""
         assert parts is not None
         self._spec = config
+        self._paused: dict[str, Work] = {}  # the last few trials that wait at a rung
         self._keeper = parts["keeper"]
         search: SearchConfig = parts["config"]
         torch.set_num_threads(max(1, int(search.resources.cpu)))
@@ -72,25 +74,44 @@ class Worker(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Runs the trial: its one step."""
-        candidate = Candidate.from_mapping(json.loads(self._spec["candidate"]))
-        spec = TrialSpec(
-            self._spec["trial_id"], candidate, self._spec["candidate_json"], self._spec["seed"]
-        )
+        """Runs the trial to its next rung."""
+        spec = TrialSpec.from_mapping(self._spec)
         with watchdog(self._context.config.resources.trial_timeout_s):
-            outcome = run_trial(spec, self._context)
+            outcome = run_trial(spec, self._context, self._take_up(spec))
+        if outcome.work is not None:
+            self._pause(spec.trial_id, outcome.work)
         if outcome.state is not None and outcome.recipe is not None:
             call = self._keeper.keep.remote(
                 spec.trial_id, outcome.recipe.to_json(), save(outcome.state)
             )
             outcome.result.recipe, outcome.result.weights = ray.get(call)
-        return {"done": True, "row": json.dumps(dataclasses.asdict(outcome.result))}
+        return {"done": True, "row": outcome.result.to_json()}
+
+    def _take_up(self, spec: TrialSpec) -> Work | None:
+        """Where a waiting trial goes on: this worker's memory or its checkpoint, if any."""
+        work = self._paused.pop(spec.trial_id, None)
+        if spec.row is None:
+            return None
+        if work is not None and work.fidelity == spec.row.fidelity:
+            return work
+        checkpoint = ray.get(self._keeper.paused.remote(spec.trial_id))
+        if checkpoint is None:
+            return None
+        recipe, tensors = checkpoint
+        return restore_work(recipe, tensors, spec.row.fidelity, self._context)
+
+    def _pause(self, trial_id: str, work: Work) -> None:
+        self._paused[trial_id] = work
+        if len(self._paused) > MOST_PAUSED:
+            del self._paused[next(iter(self._paused))]
+        if work.worth_a_checkpoint:
+            ray.get(self._keeper.pause.remote(trial_id, *work.checkpoint()))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """A trial is one step: there is nothing between."""
+        """Checkpoints between rungs go to the keeper: Tune has no storage that all share."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """A retried trial starts afresh."""
+        """A retried trial goes on from its rung."""
 
 
 def _asks(probe: Any, reference_ms: float) -> Callable[[Recipe], tuple[Latency, float]]:
@@ -221,3 +242,20 @@ class Keeper(Cache):
         atomic_write_bytes(self._run_dir / paths[0], recipe.encode())
         atomic_write_bytes(self._run_dir / paths[1], weights)
         return paths
+
+    def pause(self, trial_id: str, recipe: str, tensors: bytes) -> None:
+        """Stores where a trial waits; the recipe is the same each time, so no pair is mixed."""
+        paths = self._paused_paths(trial_id)
+        atomic_write_bytes(paths[0], recipe.encode())
+        atomic_write_bytes(paths[1], tensors)
+
+    def paused(self, trial_id: str) -> tuple[str, bytes] | None:
+        """Where a trial waits; None if it is not known."""
+        paths = self._paused_paths(trial_id)
+        if not all(path.exists() for path in paths):
+            return None
+        return paths[0].read_text(), paths[1].read_bytes()
+
+    def _paused_paths(self, trial_id: str) -> tuple[Path, Path]:
+        folder = self._run_dir / RUNGS
+        return folder / f"{trial_id}.json", folder / f"{trial_id}.safetensors"

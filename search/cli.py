@@ -325,7 +325,7 @@ def doctor(as_json: AsJson = False) -> None:
 def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
     """Does the work with progress shown, prints the front; an interrupt says how to resume."""
     from .progress import Progress
-    from .tables import front_rows, front_table, time_table
+    from .tables import correlation_rows, front_rows, front_table, status_of, time_table
 
     try:
         run = work(Progress(err))
@@ -343,6 +343,8 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
     else:
         print_wide(front_table(run))
         out.print(time_table(run))
+        for label, text in correlation_rows(status_of(run)["rank_correlations"]):
+            out.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
         out.print(
             f"run folder: {folder}\nexport the fastest within 1 %: prune-search export {folder} "
             '--min latency_ms --where "accuracy_drop<=0.01" --out exported',

@@ -483,6 +483,15 @@ class SamplerConfig(_Section):
     sensitivity: bool = Field(
         default=True, description="whether single edits are measured first, for better seeds"
     )
+    early_stop: bool = Field(
+        default=True, description="whether only promising trials are fine-tuned to the end"
+    )
+    reduction_factor: int = Field(
+        default=3, ge=2, description="of so many trials about one goes on to the next fidelity"
+    )
+    short_share: float = Field(
+        default=0.25, gt=0, lt=1, description="the share of recover.epochs at fidelity 1"
+    )
     time_limit_s: float | None = Field(
         default=None, gt=0, description="seconds until no trial starts"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from ..methods.tasks.classification import ClassificationTask
 from .cache import Shared, make_here
 from .config import SearchConfig
 from .digests import common_key, data_digest, weights_digest
-from .records import Candidate
+from .records import FULL_FIDELITY, Candidate, TrialResult
 
 if TYPE_CHECKING:
     from .finished import FinishedTrials
@@ -78,9 +79,25 @@ class TrialSpec:
         candidate: What to try.
         candidate_json: The candidate with its origin and parameters, as the ledger keeps it.
         seed: Seed of everything random in the trial.
+        fidelity: How far to go: a rung of the ladder (search/early_stop.py).
+        row: The trial's row at the rung where it waited; None for a new trial.
     """
 
     trial_id: str
     candidate: Candidate
     candidate_json: str
     seed: int
+    fidelity: int = FULL_FIDELITY
+    row: TrialResult | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, as Tune's config of a trial."""
+        row = None if self.row is None else self.row.to_json()
+        return vars(self) | {"candidate": self.candidate.to_json(), "row": row}
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> TrialSpec:
+        """Inverse of `to_mapping`."""
+        candidate = Candidate.from_mapping(json.loads(data["candidate"]))
+        row = None if data["row"] is None else TrialResult.from_json(data["row"])
+        return cls(**{**data, "candidate": candidate, "row": row})

@@ -17,13 +17,14 @@ from .asking import AskAhead
 from .config import SearchConfig
 from .context import TrialSpec
 from .dense import Baseline
+from .early_stop import fidelities, ladder_of
 from .front import Front, reference_point
 from .plateau import Plateau
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
 from .space import Space
-from .store import Store
+from .store import RUNGS, Store
 from .surrogate.features import Hints
 from .trial import with_provenance
 
@@ -63,11 +64,15 @@ class Coordinator:
         self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}
         self._running: dict[str, Proposal] = {}
-        self._waiting: dict[str, list[Proposal]] = {}
+        self._duplicates: dict[str, list[Proposal]] = {}  # of each trial
+        self._written = 0
         reference = reference_point(dataclasses.asdict(baseline), config.objectives)
         self._front = Front(config.objectives, reference)
         self._plateau = Plateau(config.search)
-        self._restore(self.store.read(), sampler)
+        known = self.store.read()
+        self._rungs = fidelities(config)
+        self._ladder = ladder_of(config, known)
+        self._restore(known, sampler)
         missing = [n for n in range(config.search.trials) if trial_id(n) not in self.results]
         self._asking = AskAhead(sampler, config, missing)
         self._deadline = _deadline(config)
@@ -89,14 +94,21 @@ class Coordinator:
         return self._asking.remaining
 
     @property
+    def num_promotable(self) -> int:
+        """Trials that wait at a lower fidelity and are to go on."""
+        return self._ladder.num_promotable
+
+    @property
     def done(self) -> bool:
-        """True when nothing more will be proposed."""
-        return self.stopped is not None or not self.remaining
+        """True when nothing more will start; a trial that runs may yet make one promotable."""
+        if self.remaining or self.num_promotable:
+            return self.stopped is not None
+        return len(self._rungs) == 1 or not self._running
 
     @property
     def stopped(self) -> str | None:
-        """Why nothing more is proposed although trials remain; None while it is."""
-        if not self.remaining:
+        """Why nothing more starts although trials remain; None while it does."""
+        if not (self.remaining or self.num_promotable):
             return None
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time is over (search.time_limit_s)"
@@ -107,12 +119,14 @@ class Coordinator:
         self._asking.expect(slots)
 
     def next(self) -> TrialSpec | None:
-        """The next trial to run; None when the sampler is still thinking or all are proposed.
+        """The next trial to run; None when there is none now.
 
-        A candidate that is already known is not run again: its row is recorded as a duplicate,
-        at once or when the first one ends.
+        A trial that is promoted comes before a new one. A candidate that is already known is not
+        run again: its row is recorded as a duplicate, at once or when the first one ends.
         """
-        while not self.done:
+        if self.stopped is None and (promotion := self._ladder.promote()) is not None:
+            return self._promoted(*promotion)
+        while self.remaining and self.stopped is None:
             proposal = self._asking.next(POLL_S if self._running else 1.0)
             if proposal is None:
                 if self._running:
@@ -127,37 +141,37 @@ class Coordinator:
                     candidate=proposal.candidate,
                     candidate_json=_candidate_json(proposal),
                     seed=trial_seed(self.config.search.seed, proposal.number),
+                    fidelity=self._rungs[0],
                 )
+            self._duplicates.setdefault(first, []).append(proposal)
             if first in self.results:
                 self._record(proposal, _duplicate(proposal, self.results[first]))
-            else:
-                self._waiting.setdefault(first, []).append(proposal)
         return None
 
     def finish(self, result: TrialResult) -> None:
-        """Records a trial's end, and that of the duplicates that waited for it."""
+        """Records how far a trial came, and its duplicates with it."""
         proposal = self._running.pop(result.trial_id)
+        self._ladder.report(result)
         self._record(proposal, result)
-        for waiting in self._waiting.pop(result.trial_id, []):
-            self._record(waiting, _duplicate(waiting, result))
-        if not self.done:
+        for duplicate in self._duplicates.get(result.trial_id, []):
+            self._record(duplicate, _duplicate(duplicate, result))
+        if self.remaining and self.stopped is None and not self.num_promotable:
             self._asking.prepare()  # at once, so that the freed worker does not wait for it
 
     def fail(self, trial: str, message: str) -> None:
         """Records a trial whose worker could not say itself how it ended."""
         proposal = self._running[trial]
-        now = time.time()
+        failed = TrialStatus.FAILED
+        known = self.results.get(trial) or TrialResult(
+            trial_id=trial,
+            status=failed,
+            criterion=proposal.candidate.criterion,
+            candidate=_candidate_json(proposal),
+            dropped_blocks=list(proposal.candidate.dropped_blocks),
+            seed=trial_seed(self.config.search.seed, proposal.number),
+        )
         self.finish(
-            TrialResult(
-                trial_id=trial,
-                status=TrialStatus.FAILED,
-                message=message,
-                criterion=proposal.candidate.criterion,
-                candidate=_candidate_json(proposal),
-                dropped_blocks=list(proposal.candidate.dropped_blocks),
-                seed=trial_seed(self.config.search.seed, proposal.number),
-                finished_at=now,
-            )
+            dataclasses.replace(known, status=failed, message=message, finished_at=time.time())
         )
 
     def close(self) -> None:
@@ -170,6 +184,11 @@ class Coordinator:
         self._sweep()
         self.store.write_front(self.front)
 
+    def _promoted(self, trial: str, fidelity: int) -> TrialSpec:
+        row = self.results[trial]
+        proposal = self._running[trial] = _proposal(row)
+        return TrialSpec(trial, proposal.candidate, row.candidate, row.seed, fidelity, row)
+
     # --- recording --------------------------------------------------------------------------
 
     def _record(self, proposal: Proposal, result: TrialResult) -> None:
@@ -181,9 +200,17 @@ class Coordinator:
         if changed:
             self.store.write_front(self.front)
         self._drop_artifacts(before | {result.trial_id})
-        if len(self.results) % COMPACT_EVERY == 0:
+        self._written += 1
+        if self._written % COMPACT_EVERY == 0:
             self.store.compact(new_only=True)
+        if result.status is not TrialStatus.EARLY_STOPPED:
+            self._forget(result.trial_id)
         self._listener(result)
+
+    def _forget(self, trial: str) -> None:
+        """Deletes the checkpoint of a trial that waits no more."""
+        for ending in ("json", "safetensors"):
+            (self._run_dir / RUNGS / f"{trial}.{ending}").unlink(missing_ok=True)
 
     def _drop_artifacts(self, candidates: set[str]) -> None:
         """Takes members that left the front off it, and deletes their recipe and weights."""
@@ -197,7 +224,12 @@ class Coordinator:
                 (self._run_dir / path).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Deletes recipes and weights that no front member names: a killed trial's."""
+        """Deletes what a killed trial left, and checkpoints of trials that will not go on."""
+        over = not (self.remaining or self.num_promotable or self._running)
+        for path in (self._run_dir / RUNGS).glob("t*.*"):
+            row = self.results.get(path.stem)
+            if over or row is None or row.status is not TrialStatus.EARLY_STOPPED:
+                path.unlink(missing_ok=True)
         kept = {path for member in self.front for path in (member.recipe, member.weights)}
         for pattern in ("recipes/t*.json", "weights/t*.safetensors"):
             for path in self._run_dir.glob(pattern):
@@ -206,10 +238,14 @@ class Coordinator:
 
     def _keep(self, result: TrialResult) -> bool:
         """Adds a result to what is known; True if the front is another one now."""
+        before = self.results.get(result.trial_id)
         self.results[result.trial_id] = result
         self.counts[result.status] += 1
         changed = self._front.add(result)
-        self._plateau.add(self._front.hypervolume)
+        if before is None:
+            self._plateau.add(self._front.hypervolume)
+        else:
+            self.counts[before.status] -= 1
         return changed
 
     def _clean_up(self) -> None:
@@ -224,8 +260,13 @@ class Coordinator:
         for result in sorted(results, key=lambda r: r.trial_id):
             proposal = _proposal(result)
             sampler.restore(proposal, result)
-            if result.status != TrialStatus.DUPLICATE:
+            if result.status is not TrialStatus.DUPLICATE:
                 self._by_candidate.setdefault(proposal.candidate.key, result.trial_id)
+        for result in results:
+            if result.status is TrialStatus.DUPLICATE:
+                proposal = _proposal(result)
+                first = self._by_candidate.get(proposal.candidate.key, result.trial_id)
+                self._duplicates.setdefault(first, []).append(proposal)
 
 
 def _candidate_json(proposal: Proposal) -> str:

@@ -6,8 +6,6 @@ is kept and a resumed search starts a fresh Tuner.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 import tempfile
 import uuid
@@ -29,7 +27,7 @@ from .actors import Keeper, LatencyProbe, Worker
 from .cache import user_shelf
 from .config import CacheConfig, ConfigError, ResourcesConfig, SearchConfig
 from .coordinator import Coordinator
-from .records import TrialResult, TrialStatus
+from .records import TrialResult
 from .setup import Problem, pack_images
 
 
@@ -109,7 +107,8 @@ def run_trials(
 
     Args:
         coordinator: Proposes and records.
-        trainable: A Tune trainable class: one step is one trial and returns its `row` (JSON).
+        trainable: A Tune trainable class: its one step takes a trial to the fidelity asked for
+            and returns its `row` (JSON). A trial that is promoted is another trial to Tune.
         slots: How many trials run at a time.
         tick: Called often with the number of running trials.
         resources: What a trial takes, and how often it is tried again.
@@ -125,7 +124,7 @@ def run_trials(
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: trial.config["trial_id"],
+                trial_name_creator=lambda trial: "{trial_id}-{fidelity}".format(**trial.config),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -154,7 +153,7 @@ class _Asker(Searcher):
     def suggest(self, trial_id: str) -> Any:
         spec = self._coordinator.next()
         if spec is not None:
-            return dataclasses.asdict(spec) | {"candidate": spec.candidate.to_json()}
+            return spec.to_mapping()
         return Searcher.FINISHED if self._coordinator.done else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -193,9 +192,7 @@ class _Recorder(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._started.discard(trial)
-        row = json.loads(trial.last_result["row"])
-        row["status"] = TrialStatus(row["status"])
-        self._coordinator.finish(TrialResult(**row))
+        self._coordinator.finish(TrialResult.from_json(trial.last_result["row"]))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._started.discard(trial)

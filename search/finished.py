@@ -22,6 +22,7 @@ OF_THE_RUN = frozenset(
     | {"started_at", "finished_at", "recipe", "weights", "accuracy_drop"}
     | {"latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup"}
     | {"score_s", "prune_s", "finetune_s", "measure_s", "wait_s"}
+    | {"accuracy_by_fidelity"}
 )
 """Columns that each run fills in itself. Latency is among them: it is the device's, and kept
 for other runs by architecture."""

@@ -29,7 +29,7 @@ class Progress:
         self._live: Live | None = None
         self._running = 0
         self._started = self._last_line = self._last_refresh = time.monotonic()
-        self._before = 0
+        self._before = self._jobs = 0
         self._stop_told = False
 
     @classmethod
@@ -47,7 +47,7 @@ class Progress:
         """Follows the trials of `coordinator` until the block ends."""
         self._coordinator = coordinator
         self._started = self._last_line = time.monotonic()
-        self._before = len(coordinator.results)
+        self._before, self._jobs = len(coordinator.results), 0
         self._tell_stop()
         if self._console is None or not self._console.is_terminal:
             yield
@@ -65,7 +65,8 @@ class Progress:
             self._refresh_soon()
 
     def finished(self, result: TrialResult) -> None:
-        """Reports one finished trial."""
+        """Reports one trial that has ended, or waits at a lower fidelity."""
+        self._jobs += 1
         self._tell_stop()
         if self._live is not None:
             self._refresh_soon()
@@ -73,7 +74,7 @@ class Progress:
         if result.status == TrialStatus.FAILED:
             self.say(f"{result.trial_id} failed: {result.message}")
         now = time.monotonic()
-        last = self._coordinator is not None and not self._coordinator.remaining
+        last = self._coordinator is not None and self._coordinator.done
         if now - self._last_line >= LINE_EVERY_S or (last and self._running <= 1):
             self._last_line = now
             self.say(" | ".join(f"{k} {v}" for k, v in self._facts().items()))
@@ -126,7 +127,8 @@ class Progress:
         if self._coordinator.stopped:
             return "the running trials'"
         new = done - self._before
-        if new < 2:
+        if min(new, self._jobs) < 2:
             return "unknown yet"
-        seconds = (time.monotonic() - self._started) / new * (total - done)
+        spent, waiting = time.monotonic() - self._started, self._coordinator.num_promotable
+        seconds = spent / new * (total - done) + spent / self._jobs * waiting
         return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"

@@ -96,6 +96,7 @@ class TrialResult:
     accuracy: float | None = None
     accuracy_before_finetune: float | None = None
     accuracy_drop: float | None = None
+    accuracy_by_fidelity: list[float | None] = field(default_factory=list)
     loss: float | None = None
     latency_ms: float | None = None
     latency_ms_p10: float | None = None
@@ -123,6 +124,16 @@ class TrialResult:
         """Value of the metric column `name`, as a float, or None."""
         value = getattr(self, name)
         return None if value is None else float(value)
+
+    def to_json(self) -> str:
+        """The row as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialResult:
+        """Inverse of `to_json`."""
+        data = json.loads(text)
+        return cls(**data | {"status": TrialStatus(data["status"])})
 
 
 def violations(constraints: Iterable[Constraint], result: TrialResult) -> dict[str, float]:

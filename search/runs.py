@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ConfigError, SearchConfig, check_names, dump_config, load_config, parse_config
+from .early_stop import ladder_of
 from .front import choose, front_hypervolume, front_of
 from .progress import Progress
 from .records import TrialResult
@@ -69,6 +70,12 @@ class Run:
     def results(self) -> list[TrialResult]:
         """All finished trials."""
         return Store(self.folder).read()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all trials were started and none waits to be promoted."""
+        config, results = self.config, self.results()
+        return len(results) >= config.search.trials and not ladder_of(config, results).promote()
 
     def trials(self) -> pd.DataFrame:
         """All finished trials as a data frame, one row each (columns: results/README.md)."""

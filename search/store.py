@@ -23,7 +23,8 @@ from .records import TrialResult, TrialStatus
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
+SCHEMA_VERSION = 2  # 2: accuracy_by_fidelity
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them
 _VERSION_KEY = b"prune_search.schema_version"
 _TIME = pa.timestamp("us", tz="UTC")
@@ -31,6 +32,8 @@ _METRICS = [
     "accuracy",
     "accuracy_before_finetune",
     "accuracy_drop",
+]
+_OTHER_METRICS = [
     "loss",
     "latency_ms",
     "latency_ms_p10",
@@ -50,6 +53,8 @@ SCHEMA = pa.schema(
         pa.field("dropped_blocks", pa.list_(pa.string()), nullable=False),
         pa.field("widths", pa.map_(pa.string(), pa.int32()), nullable=False),
         *(pa.field(name, pa.float64()) for name in _METRICS),
+        pa.field("accuracy_by_fidelity", pa.list_(pa.float64()), nullable=False),
+        *(pa.field(name, pa.float64()) for name in _OTHER_METRICS),
         pa.field("macs", pa.int64()),
         pa.field("num_params", pa.int64()),
         pa.field("peak_memory_mib", pa.float64()),
@@ -97,9 +102,9 @@ class Store:
     def read(self) -> list[TrialResult]:
         """All trials, each once, sorted by `trial_id`.
 
-        Of two rows of one trial a completed one wins, then the one that finished later, then the
-        one written later. A part that cannot be read is renamed to `_corrupt-...` and reported
-        with a warning.
+        Of two rows of one trial a completed one wins, then the one of higher fidelity, then the
+        one that finished later, then the one written later. A part that cannot be read is renamed
+        to `_corrupt-...` and reported with a warning.
         """
         return _merge(self._load())
 
@@ -270,9 +275,9 @@ def _merge(parts: Mapping[Path, list[TrialResult]]) -> list[TrialResult]:
     return [rows[trial_id] for trial_id in sorted(rows)]
 
 
-def _newness(row: TrialResult) -> tuple[bool, float]:
+def _newness(row: TrialResult) -> tuple[bool, int, float]:
     """Of two rows of one trial the greater is kept: a completed one is never lost."""
-    return row.status is TrialStatus.COMPLETED, row.finished_at or 0.0
+    return row.status is TrialStatus.COMPLETED, row.fidelity, row.finished_at or 0.0
 
 
 def _number(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from .early_stop import rank_correlations
 from .export import read_recipe
 from .records import TrialResult
 from .runs import Run
@@ -71,6 +72,9 @@ def status_of(run: Run) -> dict[str, Any]:
         "front": len(run.front_results()),
         "hypervolume": run.hypervolume(),
         "failures": dict(failures.most_common(5)),
+        "rank_correlations": [
+            dataclasses.asdict(c) | {"warning": c.warning} for c in rank_correlations(results)
+        ],
         "times": run.times,
         "trial_times": _trial_seconds(results),
     }
@@ -87,10 +91,24 @@ def status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("hypervolume", "not yet" if volume is None else f"{volume:.4f}")
     for message, count in status["failures"].items():
         table.add_row("failed", f"{count} x {message}")
+    for row in correlation_rows(status["rank_correlations"]):
+        table.add_row(*row)
     for part, label in PARTS.items():
         if part in status["times"]:
             table.add_row(label, f"{status['times'][part]:.1f} s")
     return table
+
+
+def correlation_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """`RankCorrelation`s in words: a label and a text each, with a warning where one is poor."""
+    rows = []
+    for one in found:
+        value = "undefined" if one["spearman"] is None else f"{one['spearman']:.2f}"
+        label = f"rank correlation {one['low']}-{one['high']}"
+        rows.append((label, f"{value} (accuracy of {one['num_trials']} trials)"))
+        if one["warning"]:
+            rows.append(("warning", one["warning"]))
+    return rows
 
 
 def runs_table(statuses: Sequence[Mapping[str, Any]], folder: Path) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import platform
@@ -14,50 +16,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..methods.finetune import finetune, recalibrate_batch_norm
+from ..methods.finetune import Finetuning, recalibrate_batch_norm
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from ..methods.surgery import Recipe, layer_widths, prune
 from .context import TrialContext, TrialSpec
+from .early_stop import RISING
 from .finished import fill_in, find_finished, share_finished
 from .prune import make_recipe, prune_by_blocks, start_of
 from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
+from .work import Work, make_training
 
 
 @dataclass
 class TrialOutcome:
-    """A trial's row, and what is needed to export it; `state` is None when the trial failed."""
+    """A trial's row and what goes with it; all but the row are None when the trial failed.
+
+    Attributes:
+        result: The row.
+        recipe: What was removed.
+        state: The final weights; None before the full fidelity.
+        work: What is needed to go on, where the trial waits at a lower fidelity.
+    """
 
     result: TrialResult
     recipe: Recipe | None = None
     state: dict[str, Tensor] | None = None
+    work: Work | None = None
 
 
-def run_trial(spec: TrialSpec, context: TrialContext) -> TrialOutcome:
-    """Runs one trial to its end. Every failure becomes a row with its status and message.
+def run_trial(spec: TrialSpec, context: TrialContext, work: Work | None = None) -> TrialOutcome:
+    """Runs one trial up to a fidelity. Every failure becomes a row with its status and message.
+
+    However often it waits between, and wherever it goes on, it ends with the same weights.
 
     Args:
         spec: The trial.
         context: The worker's shared parts.
+        work: Where a trial that waited goes on; when it is lost, the trial starts afresh.
 
     Returns:
         The row. Its `wait_s` is the time spent waiting for the latency probe or another trial.
     """
-    result = TrialResult(
-        trial_id=spec.trial_id,
-        status=TrialStatus.COMPLETED,
-        criterion=spec.candidate.criterion,
-        candidate=spec.candidate_json,
-        dropped_blocks=list(spec.candidate.dropped_blocks),
-        seed=spec.seed,
-        host=platform.node(),
-        device=str(context.task.device),
-        started_at=time.time(),
-    )
+    if spec.row is None:
+        result = TrialResult(
+            trial_id=spec.trial_id,
+            status=TrialStatus.COMPLETED,
+            criterion=spec.candidate.criterion,
+            candidate=spec.candidate_json,
+            dropped_blocks=list(spec.candidate.dropped_blocks),
+            seed=spec.seed,
+            started_at=time.time(),
+        )
+    else:
+        result = dataclasses.replace(spec.row, status=TrialStatus.COMPLETED, message="")
+    result.host, result.device = platform.node(), str(context.task.device)
     outcome = TrialOutcome(result)
     try:
-        if not _reuse(spec, context, outcome):
-            _run(spec, context, outcome)
+        if spec.row is not None or not _reuse(spec, context, outcome):
+            _run(spec, context, outcome, work)
             share_finished(spec, context, outcome)
     except (MemoryError, torch.OutOfMemoryError) as error:
         _fail(outcome, f"out of memory: {error}. Lower data.batch_size.")
@@ -87,34 +104,8 @@ def recover_and_measure(
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    task, recover = context.task, context.config.recover
-    with _clock(result, "finetune_s"):
-        if recover.recalibrate_bn:
-            recalibrate_batch_norm(model, task, generator=generator)
-        metrics = task.evaluate(model, "val")
-        result.accuracy_before_finetune = metrics["accuracy"]
-    with _clock(result, "measure_s"):
-        _measure(model, recipe, context, result)
-    if recover.epochs > 0:
-        with _clock(result, "finetune_s"):
-            finetune(
-                model,
-                task,
-                epochs=recover.epochs,
-                lr=recover.lr,
-                momentum=recover.momentum,
-                weight_decay=recover.weight_decay,
-                milestones=recover.milestones,
-                gamma=recover.gamma,
-                generator=generator,
-                augment=context.config.data.augment,
-                teacher=context.dense if recover.distill > 0 else None,
-                distill=recover.distill,
-            )
-            metrics = task.evaluate(model, "val")
-    _report(result, metrics, context)
-    result.epochs = recover.epochs
-    result.fidelity = FULL_FIDELITY
+    work = _recalibrated(model, recipe, context, result, generator)
+    _climb(work, FULL_FIDELITY, context, result)
 
 
 def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> bool:
@@ -128,28 +119,92 @@ def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> boo
     outcome.state = dict(found.tensors)
     with _clock(result, "measure_s"):
         _measure_latency(outcome.recipe, context, result)
-    _report(result, info["row"], context)
+    _report(result, info["row"], context, FULL_FIDELITY, info["row"]["epochs"])
     result.message = "; ".join(filter(None, [result.message, f"reused: {info['source']}"]))
     return True
 
 
-def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> None:
-    result = outcome.result
+def _run(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome, work: Work | None) -> None:
+    if work is None:
+        work = _pruned(spec, context, outcome.result)
+    _climb(work, spec.fidelity, context, outcome.result)
+    outcome.recipe = work.recipe
+    if outcome.result.status is TrialStatus.EARLY_STOPPED:
+        outcome.work = work
+    elif work.fidelity == FULL_FIDELITY:
+        outcome.state = copy_state(work.model)
+
+
+# --- the stages ------------------------------------------------------------------------------
+
+
+def _pruned(spec: TrialSpec, context: TrialContext, result: TrialResult) -> Work:
+    """Scores, selects, removes and recalibrates."""
     generator = torch.Generator().manual_seed(spec.seed)
     torch.manual_seed(spec.seed)  # dropout draws from the global generator
     with _clock(result, "score_s"):
         start = start_of(spec.candidate, context)
         recipe, waited = make_recipe(spec.candidate, context, spec.seed, start)
         result.wait_s += start.waited_s + waited
-    if context.config.recover.reconstruct.steps > 0 and recipe.kept:
+    reconstructed = context.config.recover.reconstruct.steps > 0 and bool(recipe.kept)
+    if reconstructed:
         with _clock(result, "finetune_s"):
             model, recipe = prune_by_blocks(spec.candidate, start, recipe, context, spec.seed)
     else:
         with _clock(result, "prune_s"):
             model = prune(start.model, context.plan, recipe)
-    recover_and_measure(model, recipe, context, result, generator)
-    outcome.recipe = recipe
-    outcome.state = copy_state(model)
+    work = _recalibrated(model, recipe, context, result, generator)
+    work.reconstructed = reconstructed
+    return work
+
+
+def _recalibrated(
+    model: nn.Module,
+    recipe: Recipe | None,
+    context: TrialContext,
+    result: TrialResult,
+    generator: torch.Generator,
+) -> Work:
+    if context.config.recover.recalibrate_bn:
+        with _clock(result, "finetune_s"):
+            recalibrate_batch_norm(model, context.task, generator=generator)
+    return Work(model, recipe, make_training(model, context, generator))
+
+
+def _climb(work: Work, fidelity: int, context: TrialContext, result: TrialResult) -> None:
+    """Trains as far as `fidelity` asks, and reports; the first time it also measures."""
+    if result.accuracy_before_finetune is None:
+        with _clock(result, "finetune_s"):
+            metrics = context.task.evaluate(work.model, "val")
+            result.accuracy_before_finetune = metrics["accuracy"]
+        with _clock(result, "measure_s"):
+            _measure(work.model, work.recipe, context, result)
+    training, share = work.training, 0.0
+    if fidelity > 0 and training is not None:
+        with _clock(result, "finetune_s"):
+            training.run(_num_steps(training, fidelity, context))
+            metrics = _evaluate(work.model, fidelity, context)
+        share = training.step / training.num_steps if training.num_steps else 1.0
+    _report(result, metrics, context, fidelity, share * context.config.recover.epochs)
+    work.fidelity = fidelity
+
+
+def _num_steps(training: Finetuning, fidelity: int, context: TrialContext) -> int:
+    if fidelity == FULL_FIDELITY:
+        return training.num_steps
+    return max(1, round(context.config.search.short_share * training.num_steps))
+
+
+def _evaluate(model: nn.Module, fidelity: int, context: TrialContext) -> dict[str, float]:
+    """Validation metrics. In mid-schedule of a copy whose batch norms are recalibrated.
+
+    At a high learning rate the running statistics lag behind the weights.
+    """
+    if fidelity < FULL_FIDELITY and context.config.recover.recalibrate_bn:
+        model = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(context.config.search.seed)
+        recalibrate_batch_norm(model, context.task, generator=generator)
+    return context.task.evaluate(model, "val")
 
 
 def _measure(
@@ -176,22 +231,39 @@ def _measure_latency(recipe: Recipe, context: TrialContext, result: TrialResult)
     result.latency_ms_p90 = latency.latency_ms_p90
 
 
-def _report(result: TrialResult, metrics: Mapping[str, float], context: TrialContext) -> None:
+def _report(
+    result: TrialResult,
+    metrics: Mapping[str, float],
+    context: TrialContext,
+    fidelity: int,
+    epochs: float,
+) -> None:
+    """Fills in accuracy and status at the fidelity that was reached."""
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(f"the validation loss is {metrics['loss']}")
+    result.fidelity, result.epochs = fidelity, epochs
+    full = fidelity == FULL_FIDELITY
     result.accuracy = metrics["accuracy"]
     result.loss = metrics["loss"]
     result.accuracy_drop = context.baseline_accuracy - metrics["accuracy"]
-    broken = {k: v for k, v in violations(context.config.constraints, result).items() if v > 0}
-    if broken:
+    known: list[float | None] = list(result.accuracy_by_fidelity)
+    if full and epochs > 0 and not known:
+        known = [result.accuracy_before_finetune]
+    padding = [None] * (fidelity - len(known))
+    result.accuracy_by_fidelity = [*known, *padding, result.accuracy]
+    bounds = [c for c in context.config.constraints if full or c.metric not in RISING]
+    broken = {k: v for k, v in violations(bounds, result).items() if v > 0}
+    if broken:  # by what it costs, a trial is infeasible for good: nothing is gained by training
         result.status = TrialStatus.INFEASIBLE
         result.message = "; ".join(f"violates {k} by {v:.4g}" for k, v in broken.items())
+    elif not full:
+        result.status = TrialStatus.EARLY_STOPPED
 
 
 def _fail(outcome: TrialOutcome, message: str) -> None:
     outcome.result.status = TrialStatus.FAILED
     outcome.result.message = " ".join(message.split())
-    outcome.recipe = outcome.state = None
+    outcome.recipe = outcome.state = outcome.work = None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The coordinator: every trial once, every end a row, and the ledger is the truth."""
 
+import collections
 import dataclasses
 import threading
 import time
@@ -15,14 +16,15 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.asking import AskAhead
-from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.config import SearchConfig, dump_config, parse_config
 from prunesearch.search.context import TrialSpec
 from prunesearch.search.coordinator import Coordinator, trial_id
 from prunesearch.search.dense import Baseline
 from prunesearch.search.records import TrialResult, TrialStatus
+from prunesearch.search.runs import Run
 from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
 from prunesearch.search.space import Space
-from prunesearch.search.store import Store, read_results
+from prunesearch.search.store import RUNGS, Store, read_results
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer2.1")
@@ -40,7 +42,7 @@ def config(trials: int = 8, **search: Any) -> SearchConfig:
             "model": {"name": "resnet20"},
             "data": {"name": "digits"},
             "space": {"criteria": ["magnitude_l1"], "select": ["ratio"]},
-            "search": {"sampler": "random", "trials": trials, **search},
+            "search": {"sampler": "random", "trials": trials, "early_stop": False, **search},
         }
     )
 
@@ -172,6 +174,150 @@ def test_the_time_limit_ends_the_proposals_but_not_the_running_trials(bench):
     coordinator.finish(ended(spec))
     coordinator.close()
     assert [row.trial_id for row in Store(bench.folder).read()] == [spec.trial_id]
+
+
+# --- the ladder ------------------------------------------------------------------------------
+
+
+def reached(spec: TrialSpec) -> TrialResult:
+    """The trial at the fidelity asked for: more accurate with each, and with fewer blocks."""
+    draw = (spec.seed % 97) / 97
+    known = [0.1 + 0.6 * draw, 0.3 + 0.5 * draw, 0.5 + 0.4 * draw][: spec.fidelity + 1]
+    result = ended(spec, known[-1], latency_ms=1.0 + ((spec.seed * 31) % 89) / 89)
+    result.accuracy_by_fidelity, result.fidelity = list(known), spec.fidelity
+    if spec.fidelity < 2:
+        result.status = TrialStatus.EARLY_STOPPED
+    return result
+
+
+def climb(coordinator: Coordinator, most: int = 1000) -> list[tuple[str, int, str]]:
+    """Runs up to `most` rungs one after the other."""
+    jobs: list[tuple[str, int, str]] = []
+    while len(jobs) < most and (spec := ask(coordinator)) is not None:
+        jobs.append((spec.trial_id, spec.fidelity, spec.candidate_json))
+        if spec.fidelity == 1:
+            checkpoint(coordinator, spec)
+        coordinator.finish(reached(spec))
+    return jobs
+
+
+def checkpoint(coordinator: Coordinator, spec: TrialSpec) -> None:
+    """As a worker leaves it with the keeper."""
+    folder = coordinator.store.run_dir / RUNGS
+    folder.mkdir(exist_ok=True)
+    for ending in ("json", "safetensors"):
+        (folder / f"{spec.trial_id}.{ending}").write_text("{}")
+
+
+def test_only_promising_trials_reach_the_full_budget(bench):
+    coordinator = bench.open(config(20, seeds=False, early_stop=True))
+    jobs = climb(coordinator)
+    assert coordinator.done and coordinator.num_promotable == 0
+    places = [(trial, fidelity) for trial, fidelity, _ in jobs]
+    assert len(set(places)) == len(places)
+    count = collections.Counter(fidelity for _, fidelity in places)
+    assert count[0] == 20 > count[1] > count[2] > 0
+    for trial, fidelity in places:
+        assert fidelity == 0 or places.index((trial, fidelity - 1)) < places.index(
+            (trial, fidelity)
+        )
+    assert {r.status for r in coordinator.front} == {TrialStatus.COMPLETED}
+    assert coordinator.counts[TrialStatus.COMPLETED] == count[2]
+    waiting = {r.trial_id for r in coordinator.results.values() if r.fidelity == 1}
+    assert waiting and {p.stem for p in (bench.folder / RUNGS).iterdir()} == waiting
+    coordinator.close()
+    assert not list((bench.folder / RUNGS).iterdir())  # nobody will ask for them
+    rows = Store(bench.folder).read()
+    assert len(rows) == 20 == sum(coordinator.counts.values())
+    assert {r.trial_id: r.fidelity for r in rows} == {
+        trial: max(f for t, f in places if t == trial) for trial, _ in places
+    }
+
+
+def test_a_free_worker_gets_work_while_there_is_any(bench):
+    coordinator = bench.open(config(9, seeds=False, early_stop=True))
+    running: list[TrialSpec] = []
+    for turn in range(60):
+        while len(running) < 3 and (spec := ask_now(coordinator)) is not None:
+            running.append(spec)
+        if not running:
+            break
+        assert not coordinator.done
+        assert len(running) == 3 or not (coordinator.remaining or coordinator.num_promotable)
+        coordinator.finish(reached(running.pop(turn % len(running))))
+    assert coordinator.done and len(coordinator.results) == 9
+    coordinator.close()
+
+
+def ask_now(coordinator: Coordinator) -> TrialSpec | None:
+    """The next trial; None when all that is to come depends on those that run."""
+    while (spec := coordinator.next()) is None and coordinator.remaining:
+        time.sleep(0.01)
+    return spec
+
+
+@pytest.mark.parametrize("after", [1, 7, 15])
+def test_a_restart_goes_on_with_the_promotions(bench, plan, tmp_path, after):
+    settings = config(12, sampler="tpe", early_stop=True)
+    undisturbed = Bench(plan, tmp_path / "undisturbed").open(settings)
+    whole = climb(undisturbed)
+    undisturbed.close()
+    first = bench.open(settings)
+    before = climb(first, most=after)
+    lost = ask(first)  # running when the driver dies: nothing is closed
+    orphan = dataclasses.replace(lost, trial_id="t99999")
+    checkpoint(first, orphan)
+    second = bench.open(settings)
+    assert not list((bench.folder / RUNGS).glob("t99999*"))
+    assert before + climb(second) == whole
+    first._asking.close()
+    second.close()
+    assert {r.trial_id: r.accuracy_by_fidelity for r in Store(bench.folder).read()} == {
+        r.trial_id: r.accuracy_by_fidelity for r in undisturbed.results.values()
+    }
+
+
+def test_duplicates_follow_the_trial_that_they_repeat(bench):
+    settings = few_candidates(12, early_stop=True)
+    first = bench.open(settings)
+    jobs = climb(first, most=2)
+    first._asking.close()
+    again = bench.open(settings)
+    jobs += climb(again)
+    again.close()
+    assert len(jobs) <= 9
+    rows = {row.trial_id: row for row in Store(bench.folder).read()}
+    copies = [row for row in rows.values() if row.status is TrialStatus.DUPLICATE]
+    assert len(copies) == 12 - len({trial for trial, *_ in jobs}) and copies
+    for row in copies:
+        original = rows[row.message.split()[2]]
+        assert row.message == f"same as {original.trial_id} ({original.status})"
+        assert row.accuracy_by_fidelity == original.accuracy_by_fidelity
+
+
+def test_a_worker_that_dies_on_the_way_up_loses_no_row(bench):
+    coordinator = bench.open(config(3, seeds=False, early_stop=True))
+    coordinator.finish(reached(ask(coordinator)))
+    spec = ask(coordinator)
+    assert (spec.trial_id, spec.fidelity, spec.row.fidelity) == ("t00000", 1, 0)
+    coordinator.fail(spec.trial_id, "killed")
+    row = coordinator.results["t00000"]
+    assert row.status is TrialStatus.FAILED and row.message == "killed"
+    assert row.accuracy_by_fidelity == spec.row.accuracy_by_fidelity
+    assert {trial for trial, *_ in climb(coordinator)} == {"t00001", "t00002"}
+    coordinator.close()
+
+
+def test_a_run_that_stops_early_is_not_finished(bench):
+    settings = config(4, seeds=False, early_stop=True)
+    (bench.folder / "config.yaml").write_text(dump_config(settings))
+    coordinator = bench.open(settings)
+    for _ in range(40):
+        assert not Run(bench.folder).finished
+        if climb(coordinator, most=1) and coordinator.done:
+            break
+    coordinator.close()
+    assert Run(bench.folder).finished
 
 
 # --- asking ahead ----------------------------------------------------------------------------

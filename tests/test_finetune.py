@@ -5,11 +5,18 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from prunesearch.methods import finetune as module
 from prunesearch.methods.data import load_data
-from prunesearch.methods.finetune import BATCH_NORMS, finetune, recalibrate_batch_norm
+from prunesearch.methods.finetune import (
+    BATCH_NORMS,
+    FinetuneOptions,
+    Finetuning,
+    finetune,
+    recalibrate_batch_norm,
+)
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks.classification import ClassificationTask
 
@@ -230,3 +237,50 @@ def test_the_rate_falls_at_the_milestones(task, model, monkeypatch):
     halvings = [sum(step >= total * part for part in (0.4, 0.6, 0.8)) for step in range(total)]
     assert set(halvings) == {0, 1, 2, 3}
     assert rates == pytest.approx([0.8 / 2**count for count in halvings])
+
+
+# --- pauses ----------------------------------------------------------------------------------
+
+
+def _dropping() -> nn.Module:
+    """Momentum, batch norm statistics and both sources of randomness matter to this model."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 24), nn.BatchNorm1d(24), nn.Dropout(0.5), nn.Linear(24, 10)
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_paused_training_ends_with_the_weights_of_one_that_was_not(task, momentum):
+    """Stopped within an epoch, at its end and within the next; each time on a new machine."""
+    options = FinetuneOptions(epochs=2.5, lr=0.1, momentum=momentum, distill=0.3)
+    teacher = _dropping().eval()
+    whole, losses = _dropping(), []
+    torch.manual_seed(7)
+    once = Finetuning(whole, task, options, generator=seeded(1), teacher=teacher)
+    once.run(on_epoch=lambda *epoch: losses.append(epoch))
+    per_epoch, pieces = math.ceil(task.num_train / 32), []
+    torch.manual_seed(7)
+    model, training = _dropping(), None
+    torch.manual_seed(7)
+    for until in (0, 2, 2, per_epoch, per_epoch + 3, None):
+        state = None if training is None else save(training.state() | {"x": torch.zeros(1)})
+        weights, model = model.state_dict(), _dropping()
+        model.load_state_dict(weights)
+        torch.manual_seed(7 if state is None else 99)
+        training = Finetuning(
+            model, task, options, generator=seeded(1 if state is None else 5), teacher=teacher
+        )
+        if state is not None:
+            training.load_state(load(state))
+        training.run(until, on_epoch=lambda *epoch: pieces.append(epoch))
+        assert not model.training
+    assert training.step == training.num_steps == once.step
+    assert all(torch.equal(a, b) for a, b in zip(_state(model), _state(whole), strict=True))
+    assert pieces == losses and [epoch for epoch, _ in losses] == [1, 2, 3]
+
+
+def test_a_pause_finds_a_loss_that_is_not_finite(task, model):
+    training = Finetuning(model, task, FinetuneOptions(1, 1e12), generator=seeded())
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        training.run(4)

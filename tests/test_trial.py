@@ -17,7 +17,7 @@ from prunesearch.methods.surgery import Recipe, apply
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
-from prunesearch.search.records import Candidate, TrialStatus
+from prunesearch.search.records import Candidate, TrialResult, TrialStatus
 from prunesearch.search.setup import (
     Problem,
     load_state,
@@ -28,7 +28,8 @@ from prunesearch.search.setup import (
 )
 from prunesearch.search.shelf import address
 from prunesearch.search.store import SCHEMA
-from prunesearch.search.trial import run_trial, with_provenance
+from prunesearch.search.trial import TrialOutcome, run_trial, with_provenance
+from prunesearch.search.work import restore_work
 
 BLOCK = "layer2.1"
 
@@ -142,6 +143,82 @@ def test_a_violated_constraint_makes_the_trial_infeasible_with_all_metrics(conte
     assert "violates accuracy_drop <= -0.5 by" in row.message and "macs <= 1.0" in row.message
     assert "num_params" not in row.message
     assert None not in (row.accuracy, row.loss, row.latency_ms, row.macs, row.peak_memory_mib)
+
+
+# --- the ladder ------------------------------------------------------------------------------
+
+
+def climb(
+    context: TrialContext, candidate: Candidate, kept: str, until: int = 2
+) -> list[TrialOutcome]:
+    """A trial from rung to rung; between two it is `kept` in memory, as a checkpoint or not."""
+    outcomes: list[TrialOutcome] = []
+    for fidelity in range(until + 1):
+        row = work = None
+        if outcomes:
+            row, work = TrialResult.from_json(outcomes[-1].result.to_json()), outcomes[-1].work
+            assert work is not None and work.fidelity == row.fidelity == fidelity - 1
+            recipe, tensors = work.checkpoint()
+            if kept == "checkpoint":
+                work = restore_work(recipe, tensors, row.fidelity, context)
+            elif kept == "nothing":
+                work = None
+        todo = dataclasses.replace(spec(candidate), fidelity=fidelity, row=row)
+        torch.rand(3)  # another trial ran meanwhile
+        outcomes.append(run_trial(TrialSpec.from_mapping(todo.to_mapping()), context, work))
+    return outcomes
+
+
+@pytest.mark.parametrize("kept", ["memory", "checkpoint", "nothing"])
+def test_a_trial_that_pauses_ends_as_one_that_does_not(context, kept):
+    context = changed(context, recover={"epochs": 1.5, "lr": 0.05, "distill": 0.5})
+    once = run_trial(spec(halved(context)), context)
+    first, second, last = climb(context, halved(context), kept)
+    for column in ("status", "accuracy", "loss", "accuracy_before_finetune", "epochs", "fidelity",
+                   "widths", "macs", "peak_memory_mib"):  # fmt: skip
+        assert getattr(last.result, column) == getattr(once.result, column), column
+    assert last.recipe == once.recipe
+    assert all(torch.equal(last.state[name], once.state[name]) for name in once.state)
+    rows = [outcome.result for outcome in (first, second, last)]
+    assert [str(r.status) for r in rows] == ["early_stopped", "early_stopped", "completed"]
+    assert [r.fidelity for r in rows] == [0, 1, 2] and first.state is second.state is None
+    assert rows[0].epochs == 0 < rows[1].epochs < rows[2].epochs == 1.5
+    assert rows[2].accuracy_by_fidelity == [r.accuracy for r in rows]
+    assert once.result.accuracy_by_fidelity == [rows[0].accuracy, None, rows[2].accuracy]
+    assert rows[0].finetune_s < rows[1].finetune_s < rows[2].finetune_s
+    assert {r.latency_ms for r in rows} == {rows[0].latency_ms}  # measured once
+    assert {r.started_at for r in rows} == {rows[0].started_at}
+
+
+def test_only_costs_make_a_trial_infeasible_at_a_low_fidelity(context):
+    strict = changed(context, constraints=["accuracy_drop <= -0.5", "loss <= 1e-6"])
+    assert [str(o.result.status) for o in climb(strict, halved(context), "memory")] == [
+        "early_stopped", "early_stopped", "infeasible"
+    ]  # fmt: skip
+    costly = changed(context, constraints=["macs <= 1"])
+    (only,) = climb(costly, halved(context), "memory", until=0)
+    assert only.result.status is TrialStatus.INFEASIBLE and only.work is only.state is None
+
+
+def test_a_failure_on_the_way_up_keeps_what_is_known(context):
+    (first,) = climb(context, halved(context), "memory", until=0)
+    hot = changed(context, recover={"epochs": 0.5, "lr": 1e30})
+    todo = dataclasses.replace(spec(halved(context)), fidelity=1, row=first.result)
+    failed = run_trial(todo, hot)
+    assert failed.result.status is TrialStatus.FAILED and failed.work is None
+    assert failed.result.accuracy_by_fidelity == [first.result.accuracy]
+    assert failed.result.fidelity == 0 and failed.result.macs == first.result.macs
+
+
+def test_a_reconstructed_trial_pauses_too(context):
+    blockwise = changed(
+        context,
+        recover={"epochs": 0.5, "reconstruct": {"steps": 1, "epochs": 1, "num_vectors": 4}},
+    )
+    once = run_trial(spec(halved(context)), blockwise)
+    *_, last = climb(blockwise, halved(context), "checkpoint")
+    assert last.result.accuracy == once.result.accuracy and last.result.loss == once.result.loss
+    assert all(torch.equal(last.state[name], once.state[name]) for name in once.state)
 
 
 # --- failures --------------------------------------------------------------------------------

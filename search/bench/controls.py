@@ -50,7 +50,7 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
         if not (folder / CONFIG).exists():
             progress.say(f"== {LABELS[name]}")
             run(variant, out=folder, progress=progress)
-        elif len(Run(folder).results()) < variant.search.trials:
+        elif not Run(folder).finished:
             progress.say(f"== {LABELS[name]}, resumed")
             resume(folder, progress=progress)
         runs[name] = Run(folder)

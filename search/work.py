@@ -1,0 +1,95 @@
+"""A trial under way: its pruned model and how far its fine-tuning is; kept between two rungs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from ..methods.finetune import FinetuneOptions, Finetuning
+from ..methods.shapes import copy_state
+from ..methods.surgery import Recipe, prune
+from .context import TrialContext
+
+
+@dataclass
+class Work:
+    """What is needed to go on with a trial.
+
+    Attributes:
+        model: Pruned, its batch norms recalibrated.
+        recipe: What was removed; None where no recipe says it (ablations).
+        training: Its fine-tuning; None when there is none.
+        fidelity: The rung that it has reached.
+        reconstructed: Whether block reconstruction has trained it.
+    """
+
+    model: nn.Module
+    recipe: Recipe | None
+    training: Finetuning | None
+    fidelity: int = 0
+    reconstructed: bool = False
+
+    @property
+    def worth_a_checkpoint(self) -> bool:
+        """Whether it was trained; surgery and recalibration are repeated as fast as read."""
+        return self.reconstructed or (self.training is not None and self.training.step > 0)
+
+    def checkpoint(self) -> tuple[str, bytes]:
+        """The recipe as JSON, and weights and training as safetensors."""
+        assert self.recipe is not None and self.training is not None
+        tensors = {f"model.{name}": value for name, value in copy_state(self.model).items()}
+        state = {f"training.{name}": value for name, value in self.training.state().items()}
+        return self.recipe.to_json(), save(tensors | state)
+
+
+def restore_work(recipe: str, tensors: bytes, fidelity: int, context: TrialContext) -> Work:
+    """Inverse of `Work.checkpoint`; goes on to the same weights, bit for bit.
+
+    Args:
+        recipe: As JSON.
+        tensors: As safetensors.
+        fidelity: The rung that was reached.
+        context: The worker's shared parts.
+    """
+    removed = Recipe.from_json(recipe)
+    model = prune(context.dense, context.plan, removed)
+    state = load(tensors)
+    model.load_state_dict(_part(state, "model."))
+    training = make_training(model, context, torch.Generator())
+    assert training is not None
+    training.load_state(_part(state, "training."))
+    return Work(model.eval(), removed, training, fidelity)
+
+
+def make_training(
+    model: nn.Module, context: TrialContext, generator: torch.Generator
+) -> Finetuning | None:
+    """The config's fine-tuning of a pruned model, not begun; None when there is none.
+
+    Args:
+        model: Pruned and recalibrated.
+        context: The worker's shared parts.
+        generator: Draws the images.
+    """
+    recover = context.config.recover
+    if recover.epochs == 0:
+        return None
+    options = FinetuneOptions(
+        epochs=recover.epochs,
+        lr=recover.lr,
+        momentum=recover.momentum,
+        weight_decay=recover.weight_decay,
+        distill=recover.distill,
+        augment=context.config.data.augment,
+        milestones=recover.milestones,
+        gamma=recover.gamma,
+    )
+    teacher = context.dense if recover.distill > 0 else None
+    return Finetuning(model, context.task, options, generator=generator, teacher=teacher)
+
+
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
