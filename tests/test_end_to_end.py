@@ -136,6 +136,29 @@ def test_status_and_list(finished: tuple[Run, str]) -> None:
     assert [row["name"] for row in listed] == ["small"]
 
 
+def test_most_trials_stop_early_and_the_front_holds_completed_ones(tmp_path: Path) -> None:
+    done = command(
+        "run", write_config(tmp_path), "--out", tmp_path / "out", "--trials", "10",
+        "--set", "search.sampler=random", "--set", "search.seeds=false",
+        "--set", "resources.max_concurrent=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "out")
+    assert run.finished and not list((run.folder / "rungs").iterdir())
+    rows = run.results()
+    assert {str(r.status) for r in rows} == {"completed", "early_stopped"}
+    assert [len(r.accuracy_by_fidelity) for r in rows] == [r.fidelity + 1 for r in rows]
+    assert all(r.accuracy == r.accuracy_by_fidelity[-1] for r in rows)
+    stopped = [r for r in rows if r.status == "early_stopped"]
+    assert len(stopped) >= 3 and {r.fidelity for r in stopped} <= {0, 1}
+    assert all(r.latency_ms and r.macs and r.recipe is None for r in stopped)
+    assert {str(r.status) for r in run.front_results()} == {"completed"}
+    assert "rank correlation 0-1" in done.stdout
+    found = json.loads(command("status", run.folder, "--json").stdout)["rank_correlations"]
+    count = sum(r.fidelity >= 1 for r in rows)
+    assert [(c["low"], c["high"], c["num_trials"]) for c in found][0] == (0, 1, count)
+
+
 def test_one_seed_one_worker_gives_the_same_run(finished: tuple[Run, str], tmp_path: Path) -> None:
     run, _ = finished
     done = command("run", write_config(tmp_path), "--out", tmp_path / "again")
