@@ -144,6 +144,7 @@ def bench_front_command(
         Path, typer.Option("--out", help="OUT.parquet keeps every candidate of the space.")
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Searches a sampler.")] = 5,
+    budget: Annotated[int, typer.Option(min=10, help="Evaluations a search.")] = 200,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -152,7 +153,7 @@ def bench_front_command(
     from .bench.front import bench_front, front_table
     from .progress import Progress
 
-    result = bench_front(search, out_dir, Progress(err), seeds=seeds)
+    result = bench_front(search, out_dir, Progress(err), seeds=seeds, budget=budget)
     out.print_json(json.dumps(result)) if as_json else print_wide(front_table(result))
 
 
