@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .config import SearchConfig
 from .front import reference_point
 from .metrics import METRICS
-from .records import Candidate, TrialResult, TrialStatus, violations
+from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
 from .seeds import Seed
 from .space import Params, Space
 from .surrogate.features import Hints
@@ -164,7 +164,7 @@ class _Surrogate:
             if result.status in (TrialStatus.FAILED, TrialStatus.DUPLICATE):
                 continue
             measured = {name: result.metric(name) for name in METRICS}
-            if result.status == TrialStatus.EARLY_STOPPED:
+            if result.status != TrialStatus.COMPLETED and result.fidelity < FULL_FIDELITY:
                 measured |= dict.fromkeys(_FINAL)
             self._observations[proposal.number] = Observation(
                 proposal.params,

@@ -15,7 +15,7 @@ from prunesearch.methods.models.build import build_model
 from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search import sampler as module
 from prunesearch.search.config import SearchConfig, parse_config
-from prunesearch.search.records import TrialResult, TrialStatus
+from prunesearch.search.records import FULL_FIDELITY, TrialResult, TrialStatus
 from prunesearch.search.sampler import Proposal, Sampler, trial_seed
 from prunesearch.search.seeds import make_seeds
 from prunesearch.search.space import Space
@@ -54,6 +54,7 @@ def outcome(proposal: Proposal) -> TrialResult:
     """A made-up but fixed result: a failure, an infeasible trial or a completed one."""
     number, candidate = proposal.number, proposal.candidate
     row = TrialResult(f"t{number}", TrialStatus.COMPLETED, finished_at=float(number))
+    row.fidelity = FULL_FIDELITY
     if number % 7 == 5:
         return dataclasses.replace(row, status=TrialStatus.FAILED, message="broke")
     keep = [fraction for _, fraction in candidate.keep] or [candidate.k or 1.0]
@@ -114,7 +115,7 @@ def test_a_trial_told_again_counts_with_its_last_result(plan, name, small_phases
         proposal = twice.ask(number)
         assert once.ask(number).params == proposal.params
         last = outcome(proposal)
-        first = dataclasses.replace(last, status=TrialStatus.EARLY_STOPPED)
+        first = dataclasses.replace(last, status=TrialStatus.EARLY_STOPPED, fidelity=0)
         if first.accuracy is not None:
             first.accuracy /= 2
         twice.tell(number, first)
