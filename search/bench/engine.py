@@ -186,7 +186,9 @@ class _Timed(Coordinator):
         return over or self._sizes[-1:] == (len(self.ends),) or super().done
 
     def next(self) -> TrialSpec | None:
-        """Timed."""
+        """Timed; nothing once it is over."""
+        if self.done:
+            return None
         start = time.perf_counter()
         spec = super().next()
         now = time.perf_counter()
@@ -221,7 +223,12 @@ def engine(sampler: str, slots: int = 1, seconds: float | None = None) -> Iterat
             "model": {"name": "resnet20"},
             "data": {"name": "digits"},
             "space": {"criteria": ["magnitude_l1", "fgp"], "keep": {"per": "group"}},
-            "search": {"sampler": sampler, "trials": MOST, "seeds": False},
+            "search": {
+                "sampler": sampler,
+                "trials": MOST,
+                "seeds": False,
+                "early_stop": False,
+            },
         }
     )
     plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 32, 32))
