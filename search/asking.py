@@ -87,6 +87,7 @@ class AskAhead:
     def _think(self, wanted: int) -> None:
         with self._changed:
             self._wanted = wanted
+            self._raise_failure()  # before another question takes its place
             if not self._busy and self._numbers and len(self._ready) < wanted:
                 self._busy = True
                 self._failure = self._pool.submit(self._fill)
@@ -111,18 +112,20 @@ class AskAhead:
     # --- in the sampler's thread --------------------------------------------------------------
 
     def _fill(self) -> None:
-        try:
-            while (number := self._claim()) is not None:
+        while (number := self._claim()) is not None:
+            try:
                 proposal = self._sampler.ask(number)
+            except BaseException:
                 with self._changed:
+                    self._numbers.appendleft(number)
                     self._in_thought = 0
-                    self._ready.append(proposal)
+                    self._busy = False
                     self._changed.notify_all()
-        except BaseException:
+                raise
             with self._changed:
-                self._busy = False
+                self._in_thought = 0
+                self._ready.append(proposal)
                 self._changed.notify_all()
-            raise
 
     def _claim(self) -> int | None:
         """The number to ask next; None, and the thread ends, when enough lie ready."""

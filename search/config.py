@@ -498,7 +498,7 @@ class SamplerConfig(_Section):
     plateau_trials: int | None = Field(
         default=None,
         ge=1,
-        description="no trial starts once the front stood still for so many trials",
+        description="no trial starts once the front stood still while so many trials ended",
     )
     plateau_gain: float = Field(
         default=0.001,
@@ -506,7 +506,7 @@ class SamplerConfig(_Section):
         description="the growth of the front's hypervolume, a fraction, that counts as none",
     )
     plateau_after: int = Field(
-        default=0, ge=0, description="trials before those in which the front may stand still"
+        default=0, ge=0, description="ended trials before those in which the front may stand still"
     )
     ask_timeout_s: float | None = Field(
         default=1.0,

@@ -19,7 +19,7 @@ from .context import TrialSpec
 from .dense import Baseline
 from .early_stop import fidelities, ladder_of
 from .front import Front, reference_point
-from .plateau import Plateau
+from .plateau import Plateau, has_ended
 from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
@@ -242,10 +242,10 @@ class Coordinator:
         self.results[result.trial_id] = result
         self.counts[result.status] += 1
         changed = self._front.add(result)
-        if before is None:
-            self._plateau.add(self._front.hypervolume)
-        else:
+        if before is not None:
             self.counts[before.status] -= 1
+        if has_ended(result) and not (before is not None and has_ended(before)):
+            self._plateau.add(self._front.hypervolume)
         return changed
 
     def _clean_up(self) -> None:

@@ -80,8 +80,15 @@ class Ladder:
 
 
 def ladder_of(config: SearchConfig, results: Iterable[TrialResult] = ()) -> Ladder:
-    """The ladder of a run as its ledger tells it."""
-    ladder = Ladder(config.objectives, fidelities(config), config.search.reduction_factor)
+    """The ladder of a run as its ledger tells it.
+
+    Where no objective tells how good a trial is, its accuracy counts too: by costs alone only the
+    smallest candidates, which are of no use, would ever go on.
+    """
+    objectives = dict(config.objectives)
+    if not set(RISING) & set(objectives):
+        objectives["accuracy"] = "maximize"
+    ladder = Ladder(objectives, fidelities(config), config.search.reduction_factor)
     for result in results:
         ladder.report(result)
     return ladder

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections import deque
 
 from .config import SamplerConfig
+from .records import TrialResult, TrialStatus
+
+
+def has_ended(result: TrialResult) -> bool:
+    """Whether a trial counts: it neither waits at a rung nor repeats another one."""
+    return result.status not in (TrialStatus.EARLY_STOPPED, TrialStatus.DUPLICATE)
 
 
 class Plateau:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .config import ConfigError, SearchConfig, check_names, dump_config, load_config, parse_config
 from .early_stop import ladder_of
 from .front import choose, front_hypervolume, front_of
+from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
 from .store import Store, atomic_write_bytes, read_json, write_json
@@ -187,13 +188,14 @@ def resume(
     one = Run(Path(folder))
     config = one.config
     if trials is not None:
-        if trials < len(one.results()):
+        results = one.results()
+        if trials < len(results):
             raise ConfigError(
-                f"`trials` (={trials}) must be at least {len(one.results())}: so many are "
+                f"`trials` (={trials}) must be at least {len(results)}: so many are "
                 "finished. Name a larger total."
             )
         data = config.model_dump(mode="json")
-        changed = {"trials": trials, "plateau_after": len(one.results())}
+        changed = {"trials": trials, "plateau_after": sum(map(has_ended, results))}
         config = parse_config(data | {"search": data["search"] | changed})
     return _execute(config, one.folder, address, progress, new=False)
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -251,7 +252,9 @@ def test_a_free_worker_gets_work_while_there_is_any(bench):
 
 def ask_now(coordinator: Coordinator) -> TrialSpec | None:
     """The next trial; None when all that is to come depends on those that run."""
-    while (spec := coordinator.next()) is None and coordinator.remaining:
+    while (spec := coordinator.next()) is None:
+        if coordinator.stopped or not coordinator.remaining:
+            return None
         time.sleep(0.01)
     return spec
 
@@ -407,6 +410,24 @@ def test_an_error_of_the_sampler_is_raised(bench):
     asking.close()
 
 
+def test_an_error_while_asking_ahead_is_raised_and_loses_no_trial(bench):
+    settings = config(8)
+    sampler = Sampler(Space(settings.space, bench.plan, ranked(BLOCKS)), settings, [], DENSE)
+    ask_well = sampler.ask
+    sampler.ask = lambda number: ask_well(number if number < 2 else 1 // 0)  # type: ignore[method-assign]
+    asking = AskAhead(sampler, settings, range(8))
+    asking.expect(16)
+    assert asking.next(20).number == 0  # the third question fails meanwhile
+    wait_until(lambda: not asking._busy)
+    assert asking.remaining == 7
+    with pytest.raises(ZeroDivisionError):
+        asking.next(20)
+    with pytest.raises(ZeroDivisionError):
+        asking.prepare()
+    assert asking.remaining == 7
+    asking.close()
+
+
 # --- restarting ------------------------------------------------------------------------------
 
 
@@ -556,6 +577,29 @@ def test_a_trial_that_runs_at_the_plateau_ends_well(bench):
     assert coordinator.done and len(coordinator.results) == 3
     assert coordinator.front[0].accuracy == 0.9
     coordinator.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_restart_sees_the_plateau_that_the_run_saw(bench, seed):
+    draw = random.Random(seed)
+    settings = config(14, seeds=False, early_stop=True, plateau_trials=3, plateau_gain=0.3)
+    live = bench.open(settings)
+    running: list[TrialSpec] = []
+    while True:
+        while len(running) < 3 and (spec := ask_now(live)) is not None:
+            running.append(spec)
+        if not running:
+            break
+        live.finish(reached(running.pop(draw.randrange(len(running)))))
+        if draw.random() < 0.3 or live.done:
+            again = bench.open(settings)
+            again._asking.close()
+            assert (again._plateau._seen, again._plateau._volumes, again._plateau.reached) == (
+                live._plateau._seen, live._plateau._volumes, live._plateau.reached
+            )  # fmt: skip
+    ended_trials = [r for r in live.results.values() if r.status is TrialStatus.COMPLETED]
+    assert live._plateau._seen == len(ended_trials) > 0 and live.stopped
+    live.close()
 
 
 def test_without_a_front_there_is_no_plateau(bench):

@@ -74,6 +74,17 @@ def test_the_first_reports_are_judged_when_they_come():
     assert ladder.promote() == ("c2", 1)  # a new front of one: nobody is called back
 
 
+def test_costs_alone_do_not_say_who_goes_on():
+    data = {"model": {"name": "resnet20"}, "data": {"name": "digits"},
+            "objectives": {"macs": "minimize", "num_params": "minimize"},
+            "constraints": ["accuracy >= 0.8"]}  # fmt: skip
+    rows = [row("t0", 0.1, 1, num_params=1)]
+    rows += [row(f"t{n}", 0.1 + n / 10, 1 + n, num_params=1 + n) for n in range(1, 9)]
+    rows.append(row("useless", 0.1, 20, num_params=20))
+    names = {name for name, _ in promoted(ladder_of(parse_config(data), rows))}
+    assert "t8" in names and "useless" not in names
+
+
 def test_the_highest_rung_goes_first():
     ladder = filled({"a": (0.9, 10), "b": (0.8, 5)})
     assert ladder.promote() == ("a", 1)
