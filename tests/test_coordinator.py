@@ -582,7 +582,7 @@ def test_a_trial_that_runs_at_the_plateau_ends_well(bench):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_restart_sees_the_plateau_that_the_run_saw(bench, seed):
     draw = random.Random(seed)
-    settings = config(14, seeds=False, early_stop=True, plateau_trials=3, plateau_gain=0.3)
+    settings = config(20, seeds=False, early_stop=True, plateau_trials=2, plateau_gain=1.0)
     live = bench.open(settings)
     running: list[TrialSpec] = []
     while True:
@@ -598,7 +598,7 @@ def test_a_restart_sees_the_plateau_that_the_run_saw(bench, seed):
                 live._plateau._seen, live._plateau._volumes, live._plateau.reached
             )  # fmt: skip
     ended_trials = [r for r in live.results.values() if r.status is TrialStatus.COMPLETED]
-    assert live._plateau._seen == len(ended_trials) > 0 and live.stopped
+    assert live._plateau._seen == len(ended_trials) > 2 and live._plateau.reached
     live.close()
 
 
