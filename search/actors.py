@@ -35,7 +35,7 @@ from .shelf import Packed, address
 from .store import RUNGS, atomic_write_bytes
 from .trial import run_trial
 from .watchdog import watchdog
-from .work import Work, restore_work
+from .work import Work, put_down, take_up
 
 MOST_PAUSED = 4  # waiting trials in a worker's memory; each is a model and its momentum
 
@@ -94,18 +94,21 @@ class Worker(tune.Trainable):
             return None
         if work is not None and work.fidelity == spec.row.fidelity:
             return work
-        checkpoint = ray.get(self._keeper.paused.remote(spec.trial_id))
-        if checkpoint is None:
-            return None
-        recipe, tensors = checkpoint
-        return restore_work(recipe, tensors, spec.row.fidelity, self._context)
+        paused = self._keeper.paused
+
+        def read() -> tuple[str, bytes] | None:
+            found: tuple[str, bytes] | None = ray.get(paused.remote(spec.trial_id))
+            return found
+
+        return take_up(read, spec.trial_id, spec.row.fidelity, self._context)
 
     def _pause(self, trial_id: str, work: Work) -> None:
         self._paused[trial_id] = work
         if len(self._paused) > MOST_PAUSED:
             del self._paused[next(iter(self._paused))]
         if work.worth_a_checkpoint:
-            ray.get(self._keeper.pause.remote(trial_id, *work.checkpoint()))
+            pause = self._keeper.pause
+            put_down(work, lambda *parts: ray.get(pause.remote(trial_id, *parts)), trial_id)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Checkpoints between rungs go to the keeper: Tune has no storage that all share."""

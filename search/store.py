@@ -102,9 +102,9 @@ class Store:
     def read(self) -> list[TrialResult]:
         """All trials, each once, sorted by `trial_id`.
 
-        Of two rows of one trial a completed one wins, then the one of higher fidelity, then the
-        one that finished later, then the one written later. A part that cannot be read is renamed
-        to `_corrupt-...` and reported with a warning.
+        Of two rows of one trial a completed one wins, then the one of higher fidelity, then one
+        that does not wait, then the one that finished later, then the one written later. A part
+        that cannot be read is renamed to `_corrupt-...` and reported with a warning.
         """
         return _merge(self._load())
 
@@ -275,9 +275,13 @@ def _merge(parts: Mapping[Path, list[TrialResult]]) -> list[TrialResult]:
     return [rows[trial_id] for trial_id in sorted(rows)]
 
 
-def _newness(row: TrialResult) -> tuple[bool, int, float]:
-    """Of two rows of one trial the greater is kept: a completed one is never lost."""
-    return row.status is TrialStatus.COMPLETED, row.fidelity, row.finished_at or 0.0
+def _newness(row: TrialResult) -> tuple[bool, int, bool, float]:
+    """Of two rows of one trial the greater is kept: a completed one is never lost.
+
+    One that waits comes before one that has ended, whatever the clocks of two machines say.
+    """
+    ended = row.status is not TrialStatus.EARLY_STOPPED
+    return row.status is TrialStatus.COMPLETED, row.fidelity, ended, row.finished_at or 0.0
 
 
 def _number(path: Path) -> int:

@@ -73,7 +73,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, work: Work | None = None) 
     result.host, result.device = platform.node(), str(context.task.device)
     outcome = TrialOutcome(result)
     try:
-        if spec.row is not None or not _reuse(spec, context, outcome):
+        if spec.fidelity < FULL_FIDELITY or not _reuse(spec, context, outcome):
             _run(spec, context, outcome, work)
             share_finished(spec, context, outcome)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -109,7 +109,11 @@ def recover_and_measure(
 
 
 def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> bool:
-    """Takes over the end of an equal trial of an earlier run, if there is one."""
+    """Takes over the end of an equal trial of an earlier run, if there is one.
+
+    Only the end: were the rungs before it skipped, what is promoted and then proposed would depend
+    on the runs before.
+    """
     found = find_finished(spec, context)
     if found is None:
         return False
@@ -117,8 +121,9 @@ def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> boo
     fill_in(result, info["row"])
     outcome.recipe = Recipe.from_json(info["recipe"])
     outcome.state = dict(found.tensors)
-    with _clock(result, "measure_s"):
-        _measure_latency(outcome.recipe, context, result)
+    if spec.row is None:
+        with _clock(result, "measure_s"):
+            _measure_latency(outcome.recipe, context, result)
     _report(result, info["row"], context, FULL_FIDELITY, info["row"]["epochs"])
     result.message = "; ".join(filter(None, [result.message, f"reused: {info['source']}"]))
     return True

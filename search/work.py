@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,49 @@ class Work:
         tensors = {f"model.{name}": value for name, value in copy_state(self.model).items()}
         state = {f"training.{name}": value for name, value in self.training.state().items()}
         return self.recipe.to_json(), save(tensors | state)
+
+
+def put_down(work: Work, write: Callable[[str, bytes], None], trial_id: str) -> None:
+    """Writes a checkpoint; one that cannot be written only costs time, later.
+
+    Args:
+        work: Where the trial waits.
+        write: Stores what `Work.checkpoint` returns.
+        trial_id: For the warning.
+    """
+    try:
+        write(*work.checkpoint())
+    except Exception as error:  # a full disk, a keeper that is gone
+        warnings.warn(
+            f"trial {trial_id} has no checkpoint and may start afresh: {_first_line(error)}",
+            stacklevel=2,
+        )
+
+
+def take_up(
+    read: Callable[[], tuple[str, bytes] | None],
+    trial_id: str,
+    fidelity: int,
+    context: TrialContext,
+) -> Work | None:
+    """Where a waiting trial goes on; None, and it starts afresh, when that is lost.
+
+    Args:
+        read: The checkpoint, if there is one.
+        trial_id: For the warning.
+        fidelity: The rung that was reached.
+        context: The worker's shared parts.
+    """
+    try:
+        checkpoint = read()
+        return None if checkpoint is None else restore_work(*checkpoint, fidelity, context)
+    except Exception as error:  # a damaged file, or one of another version
+        warnings.warn(
+            f"trial {trial_id} starts afresh, its checkpoint is not readable: "
+            f"{_first_line(error)}",
+            stacklevel=2,
+        )
+        return None
 
 
 def restore_work(recipe: str, tensors: bytes, fidelity: int, context: TrialContext) -> Work:
@@ -89,6 +134,10 @@ def make_training(
     )
     teacher = context.dense if recover.distill > 0 else None
     return Finetuning(model, context.task, options, generator=generator, teacher=teacher)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -93,6 +93,28 @@ def test_a_finished_trial_is_reused_with_its_weights(problem: Problem, tmp_path:
     assert problem.task.evaluate(pruned)["accuracy"] == first.result.accuracy
 
 
+def test_a_warm_cache_shortens_the_last_rung_and_changes_nothing(
+    problem: Problem, tmp_path: Path
+) -> None:
+    """What is promoted and proposed next follows from these rows."""
+    cold, warm = (_climb(context_of(problem, tmp_path, run)) for run in ("cold", "warm"))
+    assert [r.message for r in cold] == [""] * 3
+    assert [r.message for r in warm] == ["", "", "reused: t00003 of cold"]
+    assert [str(r.status) for r in warm] == ["early_stopped", "early_stopped", "completed"]
+    assert [_measured(r) for r in cold] == [_measured(r) for r in warm]
+    assert warm[2].finetune_s == warm[1].finetune_s > 0
+
+
+def _climb(context: TrialContext) -> list[TrialResult]:
+    """The rows of a trial from rung to rung."""
+    rows: list[TrialResult] = []
+    for fidelity in range(3):
+        row = copy.deepcopy(rows[-1]) if rows else None
+        todo = dataclasses.replace(spec(), fidelity=fidelity, row=row)
+        rows.append(run_trial(todo, context).result)
+    return rows
+
+
 def test_feasible_is_what_this_runs_constraints_say(problem: Problem, tmp_path: Path) -> None:
     strict = config(constraints=["accuracy_drop <= -1"])
     infeasible = run_trial(spec(), context_of(problem, tmp_path, "strict", config=strict)).result
@@ -178,7 +200,10 @@ def test_a_second_run_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.Mon
     assert kept[0].keys() == {"dense", "ranking", "reference", "latency", "scores", "trial"}
     first, second = (one.results() for one in runs)
     assert [r.message for r in first] == [""] * 3
-    assert [r.message for r in second] == [f"reused: t0000{n} of small" for n in range(3)]
+    whole = [r.trial_id for r in first if r.fidelity == 2]
+    assert whole and {r.trial_id: r.message for r in second} == {
+        r.trial_id: f"reused: {r.trial_id} of small" * (r.trial_id in whole) for r in first
+    }
     assert [_measured(r) for r in first] == [_measured(r) for r in second]
     assert runs[1].baseline["source"] == "cache"
     assert runs[0].baseline["latency_ms"] == runs[1].baseline["latency_ms"]
@@ -190,5 +215,5 @@ def test_a_second_run_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.Mon
 def _measured(result: TrialResult) -> list[Any]:
     names = {f.name for f in dataclasses.fields(result)} - OF_THE_RUN
     names |= {"latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup", "accuracy_drop"}
-    names |= {"status", "candidate", "on_front"}
+    names |= {"status", "candidate", "on_front", "accuracy_by_fidelity"}
     return [getattr(result, name) for name in sorted(names)]

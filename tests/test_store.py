@@ -130,6 +130,15 @@ def test_of_two_rows_the_completed_then_the_later_wins(tmp_path: Path) -> None:
     assert store.read()[0].recipe == "recipes/trial-00000.json"
 
 
+def test_a_failure_is_newer_than_the_wait_before_it_whatever_the_clocks(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_trial(result(0, status=TrialStatus.EARLY_STOPPED, fidelity=1, finished_at=1.8e9))
+    store.compact()
+    failed = result(0, status=TrialStatus.FAILED, fidelity=1, finished_at=1.7e9)
+    store.write_trial(failed)
+    assert store.read() == [failed]
+
+
 def test_compacting_new_parts_leaves_earlier_compactions_alone(tmp_path: Path) -> None:
     store = Store(tmp_path)
     rows = fill(store)

@@ -14,6 +14,7 @@ from torch import nn
 
 from prunesearch.methods.measure import Latency, count_macs, paired_latency
 from prunesearch.methods.surgery import Recipe, apply
+from prunesearch.search.actors import Keeper
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
@@ -29,7 +30,7 @@ from prunesearch.search.setup import (
 from prunesearch.search.shelf import address
 from prunesearch.search.store import SCHEMA
 from prunesearch.search.trial import TrialOutcome, run_trial, with_provenance
-from prunesearch.search.work import restore_work
+from prunesearch.search.work import put_down, restore_work, take_up
 
 BLOCK = "layer2.1"
 
@@ -188,6 +189,35 @@ def test_a_trial_that_pauses_ends_as_one_that_does_not(context, kept):
     assert rows[0].finetune_s < rows[1].finetune_s < rows[2].finetune_s
     assert {r.latency_ms for r in rows} == {rows[0].latency_ms}  # measured once
     assert {r.started_at for r in rows} == {rows[0].started_at}
+
+
+@pytest.mark.parametrize("damaged", ["cut off", "another model's", "recipe"])
+def test_a_damaged_checkpoint_is_a_lost_one(context, tmp_path, damaged):
+    keeper, name = Keeper(str(tmp_path)), "t00000"
+    _, second, last = climb(context, halved(context), "memory")
+    put_down(second.work, lambda *parts: keeper.pause(name, *parts), name)
+    assert take_up(lambda: keeper.paused(name), name, 1, context).training.step > 0
+    recipe, tensors = keeper._paused_paths(name)
+    if damaged == "cut off":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif damaged == "recipe":
+        recipe.write_bytes(b"\xff{")
+    else:
+        recipe.write_text(run_trial(spec(Candidate()), context).recipe.to_json())
+    with pytest.warns(UserWarning, match="t00000 starts afresh, its checkpoint is not readable"):
+        work = take_up(lambda: keeper.paused(name), name, 1, context)
+    todo = dataclasses.replace(spec(halved(context)), row=second.result)
+    again = run_trial(todo, context, work)
+    assert work is None and again.result.accuracy == last.result.accuracy
+    assert all(torch.equal(last.state[key], again.state[key]) for key in last.state)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(context, tmp_path):
+    keeper = Keeper(str(tmp_path))
+    (tmp_path / "rungs").write_text("in the way")
+    *_, second = climb(context, halved(context), "memory", until=1)
+    with pytest.warns(UserWarning, match="t00000 has no checkpoint and may start afresh"):
+        put_down(second.work, lambda *parts: keeper.pause("t00000", *parts), "t00000")
 
 
 def test_only_costs_make_a_trial_infeasible_at_a_low_fidelity(context):
