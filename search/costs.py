@@ -86,7 +86,10 @@ class Costs:
         """The fraction that stays where widths depend on scores: between the measured levels."""
         rule, k = candidate.select, candidate.k
         if rule == "macs" and k is not None and metric == "macs":
-            return k
+            without = self.layers.macs(
+                {}, candidate.dropped_blocks
+            )  # of all channels, as k is not
+            return min(1.0, k * self.layers.macs({}) / without)
         if self._table is None or rule in (None, "ratio"):
             return 1.0
         dense = getattr(self._table, metric)

@@ -32,6 +32,14 @@ def fidelities(config: SearchConfig) -> tuple[int, ...]:
     return (FULL_FIDELITY,)
 
 
+def trained_share(config: SearchConfig) -> float:
+    """The share of the fine-tuning that a trial gets on average, about."""
+    if len(fidelities(config)) == 1:
+        return 1.0
+    going_on = 1 / config.search.reduction_factor
+    return config.search.short_share * going_on + (1 - config.search.short_share) * going_on**2
+
+
 class Ladder:
     """Who stands on which rung, and who is to climb.
 

@@ -100,12 +100,18 @@ def check_objectives(objectives: object) -> dict[str, str]:
 
 
 def check_constraints(constraints: tuple[Constraint, ...]) -> tuple[Constraint, ...]:
-    """Check that no two constraints exclude each other.
+    """Check that bounds can be met, and that no two exclude each other.
 
     Raises:
         ValueError: Naming the later of two that do.
     """
     for index, one in enumerate(constraints):
+        if one.metric == "accuracy" and not 0 <= one.bound <= 1:
+            raise RuleError(
+                "bound accuracy between 0 and 1: it is a fraction",
+                index,
+                fix=f"Write `accuracy {one.op} {one.bound / 100:g}` for a per cent.",
+            )
         for other in constraints[:index]:
             opposite = one.metric == other.metric and one.op[0] != other.op[0]
             if opposite and max(one.violation(other.bound), other.violation(one.bound)) > 0:

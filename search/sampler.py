@@ -20,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .config import SearchConfig
+from .early_stop import RISING
 from .front import reference_point
 from .metrics import METRICS
 from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
@@ -33,7 +34,6 @@ POPULATION = 20  # NSGA-II: small, since a search has tens to hundreds of trials
 GP_STARTUP = 12
 SURROGATE = "surrogate"
 SUBSTITUTE = "random: the sampler was slow"
-_FINAL = ("accuracy", "accuracy_drop", "loss")  # what a trial that stopped early does not tell
 
 Told = tuple["Proposal", TrialResult]
 
@@ -156,16 +156,22 @@ class _Surrogate:
         objectives = config.objectives
         worst = dict(zip(objectives, reference_point(baseline, objectives), strict=True))
         self._proposer = SurrogateProposer(space, objectives, config.constraints, worst, hints)
+        self._worst = {name: value for name, value in worst.items() if name in RISING}
         self._observations: dict[int, Observation] = {}
 
     def learn(self, told: Sequence[Told]) -> None:
         for proposal, result in told:
             self._observations.pop(proposal.number, None)
-            if result.status in (TrialStatus.FAILED, TrialStatus.DUPLICATE):
+            if result.status == TrialStatus.DUPLICATE:
+                continue
+            if result.status == TrialStatus.FAILED:
+                self._observations[proposal.number] = Observation(
+                    proposal.params, proposal.candidate, self._worst, 0.0
+                )
                 continue
             measured = {name: result.metric(name) for name in METRICS}
             if result.status != TrialStatus.COMPLETED and result.fidelity < FULL_FIDELITY:
-                measured |= dict.fromkeys(_FINAL)
+                measured |= dict.fromkeys(RISING)
             self._observations[proposal.number] = Observation(
                 proposal.params,
                 proposal.candidate,
@@ -239,6 +245,9 @@ class _Optuna:
     def _add(self, proposal: Proposal, result: TrialResult) -> None:
         values = self._values(result)
         broken = {} if values is None else violations(self._constraints, result)
+        if result.status == TrialStatus.EARLY_STOPPED:  # not judged before it is trained
+            rising = {str(c) for c in self._constraints if c.metric in RISING}
+            broken |= dict.fromkeys(rising & broken.keys(), 0.0)
         if proposal.number in self._open:
             trial = self._open.pop(proposal.number)
             for key, value in broken.items():

@@ -195,14 +195,15 @@ def _ranked(space: Space, num_dropped: int) -> Params:
     if not space.criteria:
         return space.block_params(num_dropped)
     plain = [criterion for criterion in space.criteria if criterion != DSD]
-    most = 1.0 if "ratio" in space.config.select else _most_kept(space)
-    return space.block_params(num_dropped) | space.channel_params((plain or [DSD])[0], most)
+    return space.block_params(num_dropped) | space.channel_params(
+        (plain or [DSD])[0], _most_kept(space)
+    )
 
 
 def _most_kept(space: Space) -> float:
     """The largest fraction under the first rule of the space."""
-    rule = space.config.select[0]
-    return space.fraction_bounds(rule).high if rule in FRACTION_OF else 1.0
+    rule = space.first_rule
+    return space.fraction_bounds(rule).high if rule in ("ratio", *FRACTION_OF) else 1.0
 
 
 def _spread(ladder: list[Seed]) -> list[Seed]:

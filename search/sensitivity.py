@@ -27,6 +27,7 @@ from ..methods.surgery import inside
 from .cache import Say, Shared, open_cache, sharing_here
 from .config import SearchConfig
 from .context import TrialContext
+from .early_stop import trained_share
 from .prune import make_recipe
 from .records import Candidate
 from .setup import Problem
@@ -257,7 +258,7 @@ def measure_sensitivity(
     if any((run_dir / "trials").glob("*.parquet")):
         return None  # resumed: its trials began without a table, and must go on alike
     every = levels(space)
-    chosen = every[: max_evaluations(config, problem) - 1]
+    chosen = every[: max(0, max_evaluations(config, problem) - 1)]
     if not chosen or not {e.dimension for e in every if e.needed} <= {e.dimension for e in chosen}:
         return None  # a table with holes would prune what it knows and nothing else
     shared = sharing_here(open_cache(config.cache, run_dir, say))
@@ -272,7 +273,7 @@ def max_evaluations(config: SearchConfig, problem: Problem) -> int:
     num_train, num_val = problem.task.num_train, len(problem.task.data.val)
     recover = config.recover
     recalibration = min(2048, num_train) if recover.recalibrate_bn else 0
-    trial = TRAINING * recover.epochs * num_train + recalibration
+    trial = TRAINING * trained_share(config) * recover.epochs * num_train + recalibration
     trial += num_val * (1 + (recover.epochs > 0))
     one = min(IMAGES, num_val)
     one += min(RECALIBRATION_IMAGES, num_train) if recover.recalibrate_bn else 0

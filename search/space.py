@@ -388,7 +388,7 @@ def _floats(
 
 def _steps(low: float, high: float, step: float) -> list[float]:
     count = math.floor((high - low) / step + 1e-9) + 1
-    return [round(low + i * step, K_DECIMALS) for i in range(count)]
+    return [round(low + i * step, 9) for i in range(count)]  # no more of the binary remainder
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:

@@ -126,6 +126,31 @@ def test_a_trial_told_again_counts_with_its_last_result(plan, name, small_phases
         assert later.params == same.params
 
 
+def test_a_restored_ladder_continues_as_the_live_one(plan):
+    """Trials that were completed out of order fit the same models after a restart."""
+
+    def waits(result: TrialResult) -> TrialResult:
+        return dataclasses.replace(result, status=TrialStatus.EARLY_STOPPED, fidelity=0)
+
+    live, restored = new(plan, "surrogate"), new(plan, "surrogate")
+    history = {}
+    for number in range(20):
+        proposal = live.ask(number)
+        last = outcome(proposal)
+        last.accuracy_before_finetune = (last.accuracy or 0.0) / 2
+        done = number % 2 == 0 or last.status == TrialStatus.FAILED
+        history[number] = proposal, last if done else waits(last)
+        live.tell(number, history[number][1])
+        late = number - 5
+        if late >= 0 and history[late][1].status == TrialStatus.EARLY_STOPPED and late % 3 == 0:
+            history[late] = history[late][0], outcome(history[late][0])
+            history[late][1].accuracy_before_finetune = (history[late][1].accuracy or 0.0) / 2
+            live.tell(late, history[late][1])
+    for proposal, result in history.values():
+        restored.restore(stored(proposal), result)
+    assert restored.ask(20) == live.ask(20)
+
+
 def test_a_slow_sampler_is_stood_in_for_at_random(plan):
     sampler = new(plan, "surrogate", num_seeds=0)
     proposal = sampler.ask_cheap(0)

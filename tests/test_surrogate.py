@@ -1,5 +1,6 @@
 """The surrogate: regression against scikit-learn, expected improvement against brute force."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -14,6 +15,7 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
 from prunesearch.search.config import parse_config
 from prunesearch.search.front import hypervolume
+from prunesearch.search.metrics import Constraint
 from prunesearch.search.records import Candidate
 from prunesearch.search.space import Space
 from prunesearch.search.surrogate.acquisition import expected_improvement, normal_samples
@@ -210,12 +212,48 @@ def test_trials_that_stopped_early_teach_too():
     real = np.array([o.metrics["accuracy"] for o in all_])
     error = {}
     for ladder, known in ((True, told), (False, told[::5])):
-        models = proposer._models(known, ladder=ladder)
+        models = proposer._models(known)
         features = models.features([o.point for o in all_])
         predicted = models.by_metric["accuracy"].samples(features, None)[0]
         error[ladder] = np.abs(predicted - real).mean()
     assert error[True] < 0.6 * error[False]
     assert proposer.propose(told, [], {o.candidate for o in told}, 1)
+
+
+def test_what_training_does_not_change_is_not_modelled_by_it():
+    space = make_space(criteria=["taylor"], select=["ratio"])
+    proposer = SurrogateProposer(
+        space, {"accuracy": "maximize", "macs": "minimize"}, (), {"accuracy": 0.0, "macs": 1.2}
+    )
+    found = search(space, 20, seed=5, blind=True)
+    told = [
+        dataclasses.replace(
+            o,
+            early=0.1 + 0.8 * (n % 3) / 2,
+            metrics=o.metrics if n % 2 else {"macs": o.metrics["macs"]},
+        )
+        for n, o in enumerate(found)
+    ]
+    models = proposer._models(told)
+    assert models.by_metric["accuracy"].reads_early and not models.by_metric["macs"].reads_early
+
+
+def test_three_objectives_and_a_constraint_that_cannot_be_met_still_propose():
+    """Gains are numbers even where no candidate is likely to hold the bound."""
+    space = make_space(criteria=["taylor"], select=["ratio"])
+    constraint = Constraint.parse("accuracy >= 0.999")
+    proposer = SurrogateProposer(
+        space,
+        {"accuracy": "maximize", "macs": "minimize", "num_params": "minimize"},
+        (constraint,),
+        {"accuracy": 0.0, "macs": 1.2, "num_params": 1.2},
+    )
+    found = [
+        dataclasses.replace(o, metrics=o.metrics | {"num_params": o.metrics["macs"] ** 2})
+        for o in search(space, 10, seed=4, blind=True)
+    ]
+    params = proposer.propose(found, [], {o.candidate for o in found}, 1)
+    assert space.admits(params)
 
 
 def test_hints_are_features():

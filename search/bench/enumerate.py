@@ -76,7 +76,9 @@ class Enumeration:
         """The enumerated space, without measuring anything."""
         model = make_model(config, len(self.facts["classes"]), trained=False)
         example = torch.zeros(2, *self.facts["image_shape"])
-        drops = tuple(map(tuple, self.facts["drops"]))
+        # In forward order, the last first: a ranking would be measured, and cost evaluations.
+        order = sorted(self.facts["drops"][-1], reverse=True)
+        drops = tuple(tuple(order[:count]) for count in range(len(order) + 1))
         return Space(config.space, find_groups(config, model, example), drops)
 
 
@@ -99,8 +101,20 @@ def enumerate_space(
     """
     from ..cluster import Result, connect, fan_out
 
+    unknown = ", ".join(sorted(set(config.objectives) - set(SCHEMA.names)))
+    if unknown:
+        raise ConfigError(
+            f"`objectives` (={unknown}) must be of {', '.join(SCHEMA.names[1:])}: nothing else is "
+            "measured of every candidate. Use macs."
+        )
     if path.exists():
-        return Enumeration(path)
+        exact = Enumeration(path)
+        if exact.facts["config"] != _config(config):
+            raise ConfigError(
+                f"`--out` (={path}) must hold the enumeration of this config: it is of another "
+                "one. Choose another --out."
+            )
+        return exact
     if config.recover.epochs > 0:
         raise ConfigError(
             f"`recover.epochs` (={config.recover.epochs:g}) must be 0: an enumeration scores "
@@ -138,6 +152,7 @@ def enumerate_space(
                 left = (time.perf_counter() - start) / len(rows) * (len(candidates) - len(rows))
                 progress.say(f"  {len(rows)}/{len(candidates)}, about {left / 60:.0f} min left")
     facts = {
+        "config": _config(config),
         "baseline": {"accuracy": baseline.accuracy, "loss": baseline.loss}
         | {"macs": baseline.macs, "num_params": baseline.num_params},
         "drops": read_json(folder / "blocks.json")["drops"],
@@ -150,6 +165,21 @@ def enumerate_space(
     }
     _write(sorted(rows, key=lambda row: str(row["candidate"])), facts, path)
     return Enumeration(path)
+
+
+def _config(config: SearchConfig) -> dict[str, Any]:
+    """What the table depends on."""
+    others = {
+        "name",
+        "search",
+        "objectives",
+        "constraints",
+        "resources",
+        "latency",
+        "cache",
+        "ablate",
+    }
+    return config.model_dump(mode="json", exclude=others) | {"seed": config.search.seed}
 
 
 def _share(value: Any) -> Any:

@@ -7,6 +7,7 @@ as a fraction of that of the exact front.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -36,6 +37,7 @@ from .enumerate import Enumeration, enumerate_space
 ENOUGH = 0.95  # of the exact hypervolume
 SHARE = 0.10  # of the evaluations
 BUDGETS = (30, 60, 100, 200)
+MOST_ASKS = 20  # an evaluation: a sampler that repeats itself ends
 MOST_GP = 100  # trials: Optuna's GP takes seconds, then a minute a proposal
 LABELS = ("search", "surrogate alone", "tpe", "gp", "nsga2", "random", "uniform")
 
@@ -109,37 +111,42 @@ def front_table(result: Mapping[str, Any]) -> Table:
 def _search(
     label: str, exact: Enumeration, space: Space, config: SearchConfig, seed: int, budget: int
 ) -> tuple[list[float], float]:
-    """Hypervolume after each evaluation, and the seconds that an ask took."""
-    front, curve = _new_front(exact, config), []
-    start = time.perf_counter()
-    for number, candidate in enumerate(_candidates(label, exact, space, config, seed, budget)):
-        front.add(_result(number, candidate, exact))
-        curve.append(front.hypervolume)
-    return curve, (time.perf_counter() - start) / max(1, len(curve))
+    """Hypervolume after each evaluation, and the seconds that an ask took.
+
+    A candidate that was evaluated before is looked up again, and is no evaluation.
+    """
+    front, curve, known = _new_front(exact, config), list[float](), set[Candidate]()
+    start, asked = time.perf_counter(), 0
+    for candidate in _candidates(label, exact, space, config, seed):
+        asked += 1
+        if candidate not in known:
+            known.add(candidate)
+            front.add(_result(len(known), candidate, exact))
+            curve.append(front.hypervolume)
+        if len(curve) == budget or asked == MOST_ASKS * budget:
+            break
+    return curve, (time.perf_counter() - start) / max(1, asked)
 
 
 def _candidates(
-    label: str, exact: Enumeration, space: Space, config: SearchConfig, seed: int, budget: int
+    label: str, exact: Enumeration, space: Space, config: SearchConfig, seed: int
 ) -> Iterator[Candidate]:
+    """What is evaluated, one after another, without end."""
     if label == "uniform":
-        yield from _uniform(space, budget)
+        yield from _uniform(space)
         return
     knowing = label in ("search", "surrogate alone")
     data = config.model_dump(mode="json")
-    data["search"] |= {
-        "sampler": "surrogate" if knowing else label,
-        "seed": seed,
-        "trials": budget,
-    }
+    data["search"] |= {"sampler": "surrogate" if knowing else label, "seed": seed}
     table, costs, first = None, _costs(exact, config, space), list[Seed]()
     if label == "search":
-        table, measured = _table(exact, space, config)
+        table, measured = _table(exact, space)
         yield from measured
         costs = Costs(space, costs.layers, table)
         first = default_seeds(space, parse_config(data), table, costs)
     hints = hints_of(costs, table) if knowing else None
     sampler = Sampler(space, parse_config(data), first, exact.facts["baseline"], hints)
-    for number in range(budget):
+    for number in itertools.count():
         candidate = sampler.ask(number).candidate
         yield candidate
         sampler.tell(number, _result(number, candidate, exact))
@@ -152,9 +159,7 @@ def _costs(exact: Enumeration, config: SearchConfig, space: Space) -> Costs:
     return Costs(space, LayerCosts(model, space.plan, image))
 
 
-def _table(
-    exact: Enumeration, space: Space, config: SearchConfig
-) -> tuple[SensitivityTable, list[Candidate]]:
+def _table(exact: Enumeration, space: Space) -> tuple[SensitivityTable, list[Candidate]]:
     """The sensitivity table as the search measures it, and the evaluations that it takes."""
     chosen = [Candidate(), *(space.candidate(level.params) for level in levels(space))]
 
@@ -166,17 +171,15 @@ def _table(
     return table_of(space, entry(Level("", 0.0, {}), Candidate()), measured), chosen
 
 
-def _uniform(space: Space, budget: int) -> Iterator[Candidate]:
-    """One fraction for all layers, every criterion, with 0, 1, 2, ... of the ranked blocks."""
-    found: dict[Candidate, None] = {}
+def _uniform(space: Space) -> Iterator[Candidate]:
+    """One fraction for all layers, every criterion, with the last 0, 1, 2, ... blocks dropped."""
     for num_dropped in range(space.max_blocks + 1):
         for keep in (1.0, *UNIFORM_KEEPS, *np.linspace(0.1, 1.0, 91).round(2).tolist()):
             for criterion in space.criteria:
                 params: Params = space.block_params(num_dropped)
                 params |= space.channel_params(criterion, keep)
                 if space.admits(params):
-                    found.setdefault(space.candidate(params))
-    yield from list(found)[:budget]
+                    yield space.candidate(params)
 
 
 def _result(number: int, candidate: Candidate, exact: Enumeration) -> TrialResult:

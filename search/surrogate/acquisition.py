@@ -15,7 +15,7 @@ from ..front import hypervolume, non_dominated
 Array = npt.NDArray[np.float64]
 
 SAMPLES = 64
-FEW_SAMPLES, FEW = 8, 24  # in three or four dimensions, where a volume costs a millisecond
+FEW = {3: (24, 8), 4: (12, 4)}  # candidates and samples, where a volume costs milliseconds
 
 
 def normal_samples(num_objectives: int, seed: int, count: int = SAMPLES) -> Array:
@@ -60,14 +60,15 @@ def _improvement_many(samples: Array, front: Array, reference: Array) -> Array:
     """Exact volumes for the candidates with the largest boxes beyond the front's mean point."""
     mean = samples.mean(axis=0)
     gap = (front[None] - mean[:, None]).max(axis=2).min(axis=1) if len(front) else -mean.sum(1)
-    chosen = np.argsort(-gap, kind="stable")[:FEW]
-    improvement = np.full(len(mean), -np.inf)
+    few, few_samples = FEW[len(reference)]
+    chosen = np.argsort(-gap, kind="stable")[:few]
+    improvement = np.zeros(len(mean))
     minimize = [False] * len(reference)
     for index in chosen:
         total = 0.0
-        for cost in samples[:FEW_SAMPLES, index]:
+        for cost in samples[:few_samples, index]:
             if (cost < reference).all():
                 box = float((reference - cost).prod())
                 total += box - hypervolume(np.maximum(front, cost), tuple(reference), minimize)
-        improvement[index] = total / FEW_SAMPLES
+        improvement[index] = total / min(few_samples, len(samples))
     return improvement

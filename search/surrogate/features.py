@@ -35,7 +35,9 @@ class Encoder:
         self._groups = [group.name for group in space.plan.groups]
         self._internal = np.array([group.internal for group in space.plan.groups], dtype=bool)
         self._criteria = list(space.criteria)
-        self._rules = sorted({*space.config.select} | ({"global"} & {*self._criteria}))
+        self._rules = sorted(
+            {*space.config.select} | ({"global"} if DSD in self._criteria else set())
+        )
         self._alive: dict[tuple[str, ...], Array] = {}
         sizes = [len(self._blocks), len(self._groups), len(self._criteria), len(self._rules) + 4]
         ends = np.cumsum(sizes).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ Measured = Mapping[str, float]  # metric -> value
 
 FEWEST = 6  # observations before the models are of use
 REFIT_GROWTH = 1.25  # hyperparameters are found anew whenever there is a quarter more data
-MOST = 600  # observations that a model reads: the front and the latest
+MOST = 600  # latest observations that a model reads, beside the front
 RIDGE = 2.0  # observations that the slope's prior counts as
 ROUNDS, RANDOM, CHILDREN, PARENTS = 3, 60, 140, 30
 
@@ -72,7 +73,7 @@ class SurrogateProposer:
         self._constraints = list(constraints)
         self._reference = dict(reference)
         self._encoder = Encoder(space, hints)
-        self._fitted: dict[tuple[str, bool], tuple[int, Hyperparameters]] = {}
+        self._fitted: dict[str, tuple[str, Hyperparameters]] = {}
 
     def propose(
         self,
@@ -91,10 +92,9 @@ class SurrogateProposer:
         """
         rng = np.random.default_rng(seed)
         variation = Variation(self._space, rng)
-        whole = [o for o in observations if all(m in o.metrics for m in self._metrics)]
-        if len(whole) < FEWEST:
+        if any(sum(m in o.metrics for o in observations) < FEWEST for m in self._metrics):
             return self._unseen(variation.random, taken)
-        models = self._models(observations, ladder=len(whole) < len(observations))
+        models = self._models(self._latest(observations))
         return self._search(models, observations, running, taken, variation, rng)
 
     @property
@@ -110,55 +110,62 @@ class SurrogateProposer:
 
     # --- the models -------------------------------------------------------------------------
 
-    def _models(self, observations: Sequence[Observation], *, ladder: bool) -> _Models:
-        """One model a metric; where trials stop early, these read what is expected of them early.
+    def _latest(self, observations: Sequence[Observation]) -> Sequence[Observation]:
+        """What the models read: the latest trials, and the front whenever it was found."""
+        if len(observations) <= MOST:
+            return observations
+        front = {id(params) for params in self._front(observations)[1]}
+        early = [o for o in observations[:-MOST] if id(o.params) in front]
+        return [*early, *observations[-MOST:]]
 
-        So the trials that stopped teach too (recursive co-kriging: Le Gratiet and Garnier 2014,
+    def _models(self, observations: Sequence[Observation]) -> _Models:
+        """One model a metric; that of the accuracy reads the accuracy before training.
+
+        So trials that stopped early teach too (recursive co-kriging: Le Gratiet and Garnier 2014,
         arXiv:1210.0686): the accuracy before training, which all trials have, is modelled first,
-        and the others are modelled as what they deviate from its trend.
+        and what training changes is modelled as the deviation from its trend.
         """
-        early = None
-        if ladder:
-            tried = [o for o in observations if o.early is not None]
-            early = self._model(_EARLY, tried, [o.early or 0.0 for o in tried], with_early=False)
+        features = self._encoder.encode([o.point for o in observations])
+        trained = [metric for metric in self._metrics if metric in _SIGNS]
+        stopped = any(m not in o.metrics for o in observations for m in trained)
+        tried = [n for n, o in enumerate(observations) if o.early is not None]
+        early, values = None, np.zeros(0)
+        if stopped and len(tried) >= FEWEST:
+            values = np.array([_LOGIT.forward(observations[n].early or 0.0) for n in tried])
+            early = self._model(_EARLY, features[tried], values, None)
+        expected = dict(zip(tried, values, strict=False))
         by_metric = {}
         for metric in self._metrics:
-            known = [o for o in observations if metric in o.metrics]
-            known = [o for o in known if not ladder or o.early is not None]
-            values = [o.metrics[metric] for o in known]
-            by_metric[metric] = self._model(metric, known, values, with_early=ladder)
+            read = early is not None and metric in _SIGNS
+            rows = [n for n, o in enumerate(observations) if metric in o.metrics]
+            rows = [n for n in rows if not read or n in expected]
+            scale = _SCALES.get(metric, _LOG)
+            targets = np.array([scale.forward(observations[n].metrics[metric]) for n in rows])
+            known = np.array([expected[n] for n in rows]) if read else None
+            by_metric[metric] = self._model(metric, features[rows], targets, known)
         return _Models(self._encoder, early, by_metric)
 
-    def _model(
-        self,
-        metric: str,
-        known: Sequence[Observation],
-        values: Sequence[float],
-        *,
-        with_early: bool,
-    ) -> _Model:
+    def _model(self, metric: str, features: Array, targets: Array, early: Array | None) -> _Model:
         """Hyperparameters come from the first so-many trials: a resumed search finds the same."""
-        scale = _SCALES.get(metric, _LOG)
-        features = self._encoder.encode([o.point for o in known])
-        targets = np.array([scale.forward(value) for value in values])
-        early = np.array([_LOGIT.forward(o.early or 0.0) for o in known]) if with_early else None
-        if early is not None:
-            features = np.column_stack([features, early])
         kinds = self._encoder.kinds(features.shape[1])
+        if early is not None:
+            features = np.column_stack([features, _unit(early)])
+            kinds = [*kinds, slice(features.shape[1] - 1, features.shape[1])]
 
-        def residual(rows: slice) -> tuple[_Trend, Array]:
-            trend = _Trend() if early is None else _Trend.of(early[rows], targets[rows])
-            return trend, targets[rows] - trend(features[rows])
+        def residual(count: int) -> tuple[_Trend, Array]:
+            if early is None:
+                return _Trend(), targets[:count]
+            trend = _Trend.of(early[:count], targets[:count], _SIGNS[metric])
+            return trend, targets[:count] - trend(early[:count])
 
-        milestone, key = _milestone(len(known)), (metric, with_early)
-        if self._fitted.get(key, (0, None))[0] != milestone:
-            first = slice(max(0, milestone - MOST), milestone)
-            gp = GaussianProcess(features[first], residual(first)[1], kinds)
-            self._fitted[key] = milestone, gp.fit_hyperparameters()
-        last = slice(max(0, len(known) - MOST), len(known))
-        trend, rest = residual(last)
-        gp = GaussianProcess(features[last], rest, kinds, self._fitted[key][1])
-        return _Model(gp, scale, trend)
+        count = _milestone(len(targets))
+        first, rest = features[:count], residual(count)[1]
+        key = hashlib.sha256(first.tobytes() + rest.tobytes()).hexdigest()
+        if self._fitted.get(metric, ("", None))[0] != key:
+            self._fitted[metric] = key, GaussianProcess(first, rest, kinds).fit_hyperparameters()
+        trend, rest = residual(len(targets))
+        gp = GaussianProcess(features, rest, kinds, self._fitted[metric][1])
+        return _Model(gp, _SCALES.get(metric, _LOG), trend, early is not None)
 
     # --- the search -------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class SurrogateProposer:
             gains = gains * models.by_metric[constraint.metric].probability(constraint, features)
         return [float(gain) for gain in gains]
 
-    def _costs(self, models: _Models, features: Array, normals: Array | None) -> Array:
+    def _costs(self, models: _Models, features: _Features, normals: Array | None) -> Array:
         """Objectives as costs, [samples, candidates, objectives]; the medians without normals."""
         columns = []
         for index, (metric, direction) in enumerate(self._objectives.items()):
@@ -231,7 +238,10 @@ class SurrogateProposer:
         known = [o for o in observations if all(m in o.metrics for m in self._objectives)]
         feasible = [
             o for o in known
-            if all(c.violation(o.metrics.get(c.metric, math.inf)) <= 0 for c in self._constraints)
+            if all(
+                c.metric in o.metrics and c.violation(o.metrics[c.metric]) <= 0
+                for c in self._constraints
+            )
         ]  # fmt: skip
         costs = self._observed(feasible)
         mask = non_dominated(costs, [False] * len(self._objectives))
@@ -272,14 +282,33 @@ class _Scale:
 
 
 _EDGE = 0.01
-_LOGIT = _Scale(
-    lambda p: math.log((p + _EDGE) / (1 + _EDGE - p)),
-    lambda z: (1 + 2 * _EDGE) / (1 + np.exp(-z)) - _EDGE,
-)
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 0.0), 1.0)
+    return math.log((p + _EDGE) / (1 + _EDGE - p))
+
+
+_LOGIT = _Scale(_logit, lambda z: (1 + 2 * _EDGE) / (1 + np.exp(-z)) - _EDGE)
 _LOG = _Scale(lambda v: math.log(max(v, 1e-12)), lambda z: np.exp(z))
 _PLAIN = _Scale(lambda v: v, lambda z: z)
 _EARLY = "accuracy_before_finetune"
 _SCALES = {"accuracy": _LOGIT, _EARLY: _LOGIT, "accuracy_drop": _PLAIN}
+_SIGNS = {"accuracy": 1.0, "accuracy_drop": -1.0, "loss": -1.0}
+"""What training changes, and whether it grows with the accuracy before training."""
+
+
+def _unit(logits: Array) -> Array:
+    """Log-odds of an accuracy as a feature of about 0..1."""
+    return logits / (2 * _logit(1.0)) + 0.5
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What the models read of candidates; `early` is the expected log-odds, and its deviation."""
+
+    encoded: Array
+    early: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -288,32 +317,32 @@ class _Models:
     early: _Model | None
     by_metric: Mapping[str, _Model]
 
-    def features(self, points: Sequence[Point]) -> Array:
-        """What the metrics' models read of candidates that were not tried."""
-        features = self.encoder.encode(points)
+    def features(self, points: Sequence[Point]) -> _Features:
+        """Of candidates that were not tried."""
+        features = _Features(self.encoder.encode(points))
         if self.early is None:
             return features
-        return np.column_stack([features, self.early.distribution(features)[0]])
+        return _Features(features.encoded, self.early.distribution(features))
 
 
 @dataclass(frozen=True)
 class _Trend:
-    """A metric that follows the last feature, in a line; none by default."""
+    """A metric that follows the log-odds of the early accuracy, in a line; none by default."""
 
     offset: float = 0.0
     slope: float = 0.0
 
     @classmethod
-    def of(cls, early: Array, targets: Array) -> _Trend:
-        """Least squares, with a slope that little data pulls to 1 (in standard deviations)."""
+    def of(cls, early: Array, targets: Array, sign: float) -> _Trend:
+        """Least squares; little data pulls the slope to `sign`, in standard deviations."""
         x, y = early - early.mean(), targets - targets.mean()
         spread = float(x.std()) or 1.0
         pull = RIDGE * spread**2
-        slope = (float(x @ y) + pull * float(y.std()) / spread) / (float(x @ x) + pull)
+        slope = (float(x @ y) + sign * pull * float(y.std()) / spread) / (float(x @ x) + pull)
         return cls(float(targets.mean() - slope * early.mean()), slope)
 
-    def __call__(self, features: Array) -> Array:
-        return self.offset + self.slope * features[:, -1]
+    def __call__(self, early: Array) -> Array:
+        return self.offset + self.slope * early
 
 
 @dataclass(frozen=True)
@@ -321,19 +350,23 @@ class _Model:
     gp: GaussianProcess
     scale: _Scale
     trend: _Trend
+    reads_early: bool
 
-    def distribution(self, features: Array) -> tuple[Array, Array]:
+    def distribution(self, features: _Features) -> tuple[Array, Array]:
         """Mean and standard deviation on the metric's scale, [candidates] each."""
-        mean, deviation = self.gp.predict(features)
-        return mean + self.trend(features), deviation
+        if not self.reads_early or features.early is None:
+            return self.gp.predict(features.encoded)
+        early, doubt = features.early
+        mean, deviation = self.gp.predict(np.column_stack([features.encoded, _unit(early)]))
+        return mean + self.trend(early), np.hypot(deviation, self.trend.slope * doubt)
 
-    def samples(self, features: Array, normals: Array | None) -> Array:
+    def samples(self, features: _Features, normals: Array | None) -> Array:
         """[samples, candidates]; one row of medians without normals."""
         mean, deviation = self.distribution(features)
         z = np.zeros(1) if normals is None else normals
         return self.scale.inverse(mean + z[:, None] * deviation)
 
-    def probability(self, constraint: Constraint, features: Array) -> Array:
+    def probability(self, constraint: Constraint, features: _Features) -> Array:
         """How likely each candidate holds the bound, [candidates]."""
         mean, deviation = self.distribution(features)
         below = norm.cdf((self.scale.forward(constraint.bound) - mean) / deviation)

@@ -92,4 +92,4 @@ class Variation:
 def _snapped(distribution: FloatDistribution, value: float) -> float:
     low, high, step = distribution.low, distribution.high, distribution.step
     value = min(max(float(value), low), high)
-    return value if step is None else low + round((value - low) / step) * step
+    return value if step is None else min(round(low + round((value - low) / step) * step, 9), high)
