@@ -70,6 +70,7 @@ class AskAhead:
 
     def prepare(self) -> None:
         """Begins to ask for a slot that is free, or soon will be."""
+        self._raise_failure()
         self._think(self._ahead + 1)
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
@@ -87,8 +88,9 @@ class AskAhead:
     def _think(self, wanted: int) -> None:
         with self._changed:
             self._wanted = wanted
-            self._raise_failure()  # before another question takes its place
-            if not self._busy and self._numbers and len(self._ready) < wanted:
+            if self._busy or (self._failure is not None and self._failure.exception()):
+                return  # a failure is to be raised, not to be replaced by another question
+            if self._numbers and len(self._ready) < wanted:
                 self._busy = True
                 self._failure = self._pool.submit(self._fill)
 

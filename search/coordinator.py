@@ -257,16 +257,24 @@ class Coordinator:
     def _restore(self, results: Sequence[TrialResult], sampler: Sampler) -> None:
         for result in sorted(results, key=lambda r: (r.finished_at or 0.0, r.trial_id)):
             self._keep(result)
-        for result in sorted(results, key=lambda r: r.trial_id):
-            proposal = _proposal(result)
-            sampler.restore(proposal, result)
-            if result.status is not TrialStatus.DUPLICATE:
-                self._by_candidate.setdefault(proposal.candidate.key, result.trial_id)
-        for result in results:
-            if result.status is TrialStatus.DUPLICATE:
-                proposal = _proposal(result)
-                first = self._by_candidate.get(proposal.candidate.key, result.trial_id)
+        proposals = {trial: _proposal(self.results[trial]) for trial in sorted(self.results)}
+        for trial, proposal in proposals.items():
+            if self.results[trial].status is not TrialStatus.DUPLICATE:
+                self._by_candidate.setdefault(proposal.candidate.key, trial)
+        for trial, proposal in proposals.items():
+            if self.results[trial].status is TrialStatus.DUPLICATE:
+                first = self._by_candidate.get(proposal.candidate.key, trial)
                 self._duplicates.setdefault(first, []).append(proposal)
+                if first != trial:
+                    self._renew(self.results[trial], _duplicate(proposal, self.results[first]))
+        for trial, proposal in proposals.items():
+            sampler.restore(proposal, self.results[trial])
+
+    def _renew(self, row: TrialResult, now: TrialResult) -> None:
+        """Stores a duplicate again where its first trial went on just before a crash."""
+        if (row.fidelity, row.message) != (now.fidelity, now.message):
+            self.store.write_trial(now)
+            self._keep(now)
 
 
 def _candidate_json(proposal: Proposal) -> str:

@@ -163,5 +163,4 @@ def dense_key(problem: Problem) -> dict[str, Any]:
     return common | {
         "batches": config.data.model_dump(mode="json", include={"batch_size", "augment"}),
         "training": config.baseline.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),  # which decide how sums are rounded
     }

@@ -42,6 +42,7 @@ def common_key(
         ),
         "seed": config.search.seed,
         "device": device.type,
+        "threads": torch.get_num_threads(),  # which decide how sums are rounded
         "code": code_digest(),
         "libraries": library_versions(config),
     }
@@ -80,12 +81,19 @@ def latency_basis(
 
 
 def model_key(config: SearchConfig) -> dict[str, Any]:
-    """The model's constructor; for `module:callable` with the module's source."""
+    """The model's constructor; for `module:callable` with the source of all that it may import.
+
+    That is the package of the module, or the files beside a module that is in none.
+    """
     name = config.model.name
     found = {"name": name, "kwargs": config.model.kwargs}
-    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    if ":" in name and path:
-        found["source"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    module, colon, _ = name.partition(":")
+    if colon and module not in ("torchvision", "timm"):
+        top = sys.modules.get(module.partition(".")[0])
+        if folders := list(getattr(top, "__path__", [])):
+            found["source"] = _source_digest(tuple(folders), "**/*.py")
+        elif path := getattr(top, "__file__", None):
+            found["source"] = _source_digest((str(Path(path).parent),), "*.py")
     return found
 
 
@@ -119,18 +127,18 @@ def code_digest(*, search: bool = False) -> str:
     Args:
         search: Whether `search`, which puts a trial together, counts too.
     """
+    found = _source_digest((next(iter(methods.__path__)),), "**/*.py")
+    return found + _source_digest((str(Path(__file__).parent),), "*.py") if search else found
+
+
+@functools.cache
+def _source_digest(folders: tuple[str, ...], pattern: str) -> str:
     digest = hashlib.sha256()
-    files = _sources(Path(next(iter(methods.__path__))), "**/*.py")
-    if search:
-        files += _sources(Path(__file__).parent, "*.py")
-    for name, path in files:
-        digest.update(name.encode())
-        digest.update(path.read_bytes())
+    for folder in map(Path, folders):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _sources(folder: Path, pattern: str) -> list[tuple[str, Path]]:
-    return sorted((path.relative_to(folder).as_posix(), path) for path in folder.glob(pattern))
 
 
 def _add(digest: Any, tensor: Tensor) -> None:

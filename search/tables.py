@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .early_stop import rank_correlations
+from .early_stop import ladder_of, rank_correlations
 from .export import read_recipe
 from .records import TrialResult
 from .runs import Run
@@ -58,16 +58,17 @@ def front_table(run: Run, objectives: Mapping[str, str] | None = None) -> Table:
 
 def status_of(run: Run) -> dict[str, Any]:
     """How far a run is, as plain values."""
-    results = run.results()
+    results, config = run.results(), run.config
     counts = collections.Counter(str(result.status) for result in results)
     failures = collections.Counter(r.message for r in results if r.status == "failed")
     return {
         "run": str(run.folder),
-        "name": run.config.name,
-        "model": run.config.model.name,
-        "data": run.config.data.name,
-        "trials": run.config.search.trials,
+        "name": config.name,
+        "model": config.model.name,
+        "data": config.data.name,
+        "trials": config.search.trials,
         "finished": len(results),
+        "waiting": ladder_of(config, results).num_promotable,
         "by_status": dict(counts),
         "front": len(run.front_results()),
         "hypervolume": run.hypervolume(),
@@ -86,6 +87,9 @@ def status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("model on data", f"{status['model']} on {status['data']}")
     states = ", ".join(f"{count} {name}" for name, count in status["by_status"].items())
     table.add_row("trials", f"{status['finished']} of {status['trials']} ({states or 'none yet'})")
+    if status["waiting"]:
+        todo = f"{_wait(status['waiting'])} to go on: prune-search resume {status['run']}"
+        table.add_row("not finished", todo)
     volume = status["hypervolume"]
     table.add_row("front", f"{status['front']} members")
     table.add_row("hypervolume", "not yet" if volume is None else f"{volume:.4f}")
@@ -119,6 +123,8 @@ def runs_table(statuses: Sequence[Mapping[str, Any]], folder: Path) -> Table:
     for s in statuses:
         volume = "" if s["hypervolume"] is None else f"{s['hypervolume']:.4f}"
         done = f"{s['finished']}/{s['trials']}"
+        if s["waiting"]:
+            done += f", {_wait(s['waiting'])} to go on"
         table.add_row(s["name"], s["model"], s["data"], done, str(s["front"]), volume)
     return table
 
@@ -296,6 +302,10 @@ def _choices(result: TrialResult) -> list[str]:
         kept = "all"
     blocks = ", ".join(result.dropped_blocks) or "none"
     return [result.criterion or "", blocks, kept]
+
+
+def _wait(count: int) -> str:
+    return "1 trial waits" if count == 1 else f"{count} trials wait"
 
 
 def _trial_seconds(results: Sequence[TrialResult]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ranked
+from rich.console import Console
 
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.models.build import build_model
@@ -26,6 +28,7 @@ from prunesearch.search.runs import Run
 from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
 from prunesearch.search.space import Space
 from prunesearch.search.store import RUNGS, Store, read_results
+from prunesearch.search.tables import runs_table, status_of, status_table
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
 BLOCKS = ("layer1.1", "layer2.1")
@@ -298,6 +301,27 @@ def test_duplicates_follow_the_trial_that_they_repeat(bench):
         assert row.accuracy_by_fidelity == original.accuracy_by_fidelity
 
 
+def test_a_duplicate_that_a_crash_left_behind_follows_too(bench):
+    settings = few_candidates(12, early_stop=True)
+    first = bench.open(settings)
+    climb(first)
+    first._asking.close()
+    ends = {row.trial_id: row for row in Store(bench.folder).read()}
+    copies = [row for row in ends.values() if row.message.endswith("(completed)")]
+    for row in copies:  # as they were before their first trial was promoted
+        first.store.write_trial(
+            dataclasses.replace(row, fidelity=0, message=f"{row.message[:14]} (early_stopped)")
+        )
+    again = bench.open(settings)
+    again._asking.close()
+    assert copies
+    for known in (again.results, {row.trial_id: row for row in Store(bench.folder).read()}):
+        for row in copies:
+            found = known[row.trial_id]
+            assert (found.fidelity, found.message) == (row.fidelity, row.message)
+    assert again.counts == first.counts
+
+
 def test_a_worker_that_dies_on_the_way_up_loses_no_row(bench):
     coordinator = bench.open(config(3, seeds=False, early_stop=True))
     coordinator.finish(reached(ask(coordinator)))
@@ -311,12 +335,25 @@ def test_a_worker_that_dies_on_the_way_up_loses_no_row(bench):
     coordinator.close()
 
 
+def printed(status: dict[str, Any]) -> str:
+    """Both tables that show how far a run is; only one of them may not know it."""
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(status_table(status))
+    one = console.export_text()
+    console.print(runs_table([status], Path("results")))
+    assert ("go on" in one) == ("go on" in console.export_text())
+    return one
+
+
 def test_a_run_that_stops_early_is_not_finished(bench):
     settings = config(4, seeds=False, early_stop=True)
     (bench.folder / "config.yaml").write_text(dump_config(settings))
     coordinator = bench.open(settings)
     for _ in range(40):
         assert not Run(bench.folder).finished
+        status = status_of(Run(bench.folder))
+        assert status["waiting"] == coordinator.num_promotable
+        assert (coordinator.num_promotable > 0) == ("go on" in printed(status))
         if climb(coordinator, most=1) and coordinator.done:
             break
     coordinator.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from prunesearch.search.cache import Cache, sharing_here
 from prunesearch.search.config import SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import prepare_dense
+from prunesearch.search.digests import model_key
 from prunesearch.search.finished import OF_THE_RUN, FinishedTrials, finished_key
 from prunesearch.search.records import Candidate, TrialResult, TrialStatus
 from prunesearch.search.setup import Problem, make_space, pose
@@ -165,7 +168,38 @@ def test_a_trial_is_another_one_when_anything_it_depends_on_differs(
         key(spec(), task=other_data, data_digest=""),
         key(spec(), dense=heavier),
     ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        others.append(key(spec()))
+    finally:
+        torch.set_num_threads(threads)
     assert len(same | set(others)) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [(("nets_a.py", "parts_a.py"), "nets_a:net"),
+     (("nets_b/__init__.py", "nets_b/deep/__init__.py", "nets_b/deep/net.py", "nets_b/parts.py"),
+      "nets_b.deep.net:net")],
+)  # fmt: skip
+def test_a_model_of_ones_own_is_all_the_code_it_may_import(
+    files: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for version, changed in enumerate(("", *files)):
+        for file in files:
+            path = tmp_path / str(version) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("other = 1" if file == changed else "")
+        module = name.partition(":")[0]
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / str(version))
+            importlib.import_module(module)
+            found.append(model_key(config(model={"name": name}))["source"])
+        for known in [m for m in sys.modules if m.startswith(module.partition(".")[0])]:
+            del sys.modules[known]
+    assert len(set(found)) == 1 + len(files)
 
 
 def test_blocks_are_ranked_once_for_all_runs(
