@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods.blocks import find_blocks, remove_blocks
 from ..methods.measure import count_macs, count_params
 from ..methods.surgery import Recipe, apply
-from .config import SearchConfig
+from .config import SearchConfig, ignored_settings
 from .setup import Problem, pose
 from .space import Space, effective_widths
 
@@ -60,6 +60,7 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
         ],
         "excluded": dict(problem.plan.excluded),
         "space": space.size_hint,
+        "warnings": ignored_settings(config),
     }
 
 

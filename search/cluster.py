@@ -23,6 +23,7 @@ import torch
 from .config import ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
 
+SLOW_START = "timed out during startup"  # Ray's words
 PROBE = "latency_probe"  # the custom resource of the node whose device is measured
 
 
@@ -75,7 +76,9 @@ def connect(address: str | None) -> Iterator[None]:
     else:
         options |= {"address": address}
     try:
-        ray.init(**options)
+        _init(options)
+    except ConfigError:
+        raise
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
@@ -85,6 +88,24 @@ def connect(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(options: Mapping[str, Any]) -> None:
+    """Starts or joins Ray; on a machine that is too busy just then, a second time."""
+    for attempt in (1, 2):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises no class of its own here
+            if SLOW_START not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == 2:
+                raise ConfigError(
+                    f"Ray must start within its time, and did not, twice: {error} Wait until this "
+                    "machine has less to do, or name a running cluster with --address; "
+                    "`prune-search doctor` tries it alone."
+                ) from error
 
 
 def worker_package() -> str:

@@ -115,6 +115,32 @@ def check_names(
         raise ConfigError("\n".join(mistakes))
 
 
+def ignored_settings(config: SearchConfig) -> list[str]:
+    """What was set although it has no effect, a sentence each; of the config of a new run.
+
+    A config that sets every field is a dump of another one and says nothing of what was meant.
+    """
+    search = config.search
+    given = search.model_fields_set
+    if given >= set(SamplerConfig.model_fields):
+        return []
+    ladder = "there is one fidelity (search.early_stop: false)"
+    names: tuple[str, ...] = ("reduction_factor", "short_share")
+    if config.recover.epochs == 0:
+        ladder = "without fine-tuning there is one fidelity (recover.epochs: 0)"
+        names += ("early_stop",) if search.early_stop else ()
+    found = []
+    if config.recover.epochs == 0 or not search.early_stop:
+        found += [f"`search.{name}` is ignored: {ladder}" for name in names if name in given]
+    if search.plateau_trials is None:
+        found += [
+            f"`search.{name}` is ignored: search.plateau_trials is not set"
+            for name in ("plateau_gain", "plateau_after")
+            if name in given
+        ]
+    return found
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

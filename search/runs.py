@@ -11,7 +11,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, SearchConfig, check_names, dump_config, load_config, parse_config
+from .config import (
+    ConfigError,
+    SearchConfig,
+    check_names,
+    dump_config,
+    ignored_settings,
+    load_config,
+    parse_config,
+)
 from .early_stop import ladder_of
 from .front import choose, front_hypervolume, front_of
 from .plateau import has_ended
@@ -291,6 +299,8 @@ def _execute(
                 stack.enter_context(connect(address))
         stack.enter_context(locked(folder))
         stack.callback(lambda: _add_times(folder, clock.seconds))
+        for line in ignored_settings(config) if new else ():
+            progress.say(f"warning: {line}")
         _describe(config, folder, new=new)
         with clock("dense_s"):
             baseline = prepare_dense(problem, folder, progress.say)

@@ -258,6 +258,8 @@ def check_tables(report: Mapping[str, Any]) -> Iterable[Any]:
     yield groups
     for name, reason in report["excluded"].items():
         yield f"not prunable: {name}: {reason}"
+    for line in report["warnings"]:
+        yield f"warning: {line}"
     low, high = report["macs_range"]
     yield f"MACs from {low / 1e6:.2f} M to {high / 1e6:.2f} M; space: {report['space']}"
 

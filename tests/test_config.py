@@ -12,6 +12,7 @@ from prunesearch.search.config import (
     SearchConfig,
     check_names,
     dump_config,
+    ignored_settings,
     load_config,
     parse_config,
 )
@@ -234,3 +235,25 @@ space:
     check_names(parse_config(good))
     with pytest.raises(ConfigError, match=r"^config: `data.name` \(=x\)"):
         check_names(parse_config(good | {"data": {"name": "x"}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", []),
+        ("recover: {epochs: 0}", []),
+        ("recover: {epochs: 0}\nsearch: {early_stop: false}", []),
+        ("search: {reduction_factor: 3, plateau_trials: 4, plateau_gain: 0.1}", []),
+        ("recover: {epochs: 0}\nsearch: {early_stop: true}", ["early_stop"]),
+        ("recover: {epochs: 0}\nsearch: {short_share: 0.25}", ["short_share"]),
+        ("search: {early_stop: false, reduction_factor: 4}", ["reduction_factor"]),
+        ("search: {plateau_gain: 0.001}", ["plateau_gain"]),
+    ],
+)
+def test_a_setting_without_effect_is_named(tmp_path: Path, text: str, said: list[str]) -> None:
+    config = load_config(write(tmp_path, MINIMAL + text))
+    lines = ignored_settings(config)
+    assert len(lines) == len(said)
+    for line, name in zip(lines, said, strict=True):
+        assert line.startswith(f"`search.{name}` is ignored: ")
+    assert ignored_settings(load_config(write(tmp_path, dump_config(config)))) == []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 import pytest
 
 from prunesearch.search import ConfigError, parse_config
-from prunesearch.search.cluster import check_local
+from prunesearch.search.cluster import check_local, connect
 from prunesearch.search.config import SearchConfig
 from prunesearch.search.watchdog import watchdog
 
@@ -47,3 +48,27 @@ def test_a_local_ray_is_not_asked_for_more_than_there_is(
     with pytest.raises(ConfigError, match=f"`{key}` .=4096. must be at most"):
         check_local(_config(**sections))
     check_local(_config())
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_starts_too_slowly_is_started_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def slow_start(**options: Any) -> None:
+        calls.append(options)
+        if len(calls) <= failures:
+            raise Exception("The current node timed out during startup. This could happen.")
+
+    monkeypatch.setattr("ray.init", slow_start)
+    if failures == 1:
+        with connect(None):
+            assert len(calls) == 2 and calls[0] == calls[1]
+        return
+    with (
+        pytest.raises(ConfigError, match="Ray must start.*twice.*Wait until.*--address"),
+        connect(None),
+    ):
+        pass
+    assert len(calls) == 2
