@@ -10,6 +10,7 @@ import torch
 from helpers import SMALL, command, write_config
 
 from prunesearch.search import Run, load_pruned
+from prunesearch.search.shelf import ENTRY
 
 MIXED = SMALL.replace(
     "criteria: [magnitude_l1, random]",
@@ -51,12 +52,12 @@ def test_every_kind_of_candidate_ends_well(run: Run) -> None:
 
 def test_one_sparse_training_serves_all_trials_that_ask_for_it(run: Run) -> None:
     shared = run.folder / "shared"
-    trainings = [json.loads(p.read_text()) for p in shared.glob("sparse-*.json")]
+    trainings = [json.loads(p.read_text())["info"] for p in shared.glob(f"sparse-*/{ENTRY}")]
     asked = {json.loads(r.candidate)["dsd_lambda"] for r in run.results()} - {None}
     assert sorted(made["dsd_lambda"] for made in trainings) == sorted(asked)
     trials = [r for r in run.results() if r.criterion == "dsd" and r.status == "completed"]
     assert len(trials) > len(trainings)
-    assert len(list(shared.glob("scores-*.safetensors"))) == 2  # one each of the two criteria
+    assert len(list(shared.glob(f"scores-*/{ENTRY}"))) == 2  # one each of the two criteria
 
 
 def test_sparse_shows_and_draws_the_trainings(run: Run, tmp_path: Path) -> None:
