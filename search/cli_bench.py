@@ -141,7 +141,10 @@ def _sizes(option: str, text: str) -> list[int]:
 def bench_front_command(
     config: ConfigFile,
     out_dir: Annotated[
-        Path, typer.Option("--out", help="OUT.parquet keeps every candidate of the space.")
+        Path,
+        typer.Option(
+            "--out", help="OUT.parquet keeps every candidate of the space, OUT.md the table."
+        ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Searches a sampler.")] = 5,
     budget: Annotated[int, typer.Option(min=10, help="Evaluations a search.")] = 200,
@@ -150,10 +153,12 @@ def bench_front_command(
 ) -> None:
     """Compare the samplers with the exact front of a space that is enumerated once."""
     search = load(config, set_ or [])
-    from .bench.front import bench_front, front_table
+    from .bench.front import bench_front, front_markdown, front_table
     from .progress import Progress
+    from .store import atomic_write_bytes
 
     result = bench_front(search, out_dir, Progress(err), seeds=seeds, budget=budget)
+    atomic_write_bytes(out_dir.with_suffix(".md"), front_markdown(result).encode())
     out.print_json(json.dumps(result)) if as_json else print_wide(front_table(result))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunesearch.search.bench.enumerate import Enumeration, enumerate_space
-from prunesearch.search.bench.front import LABELS, bench_front, front_table
+from prunesearch.search.bench.front import LABELS, bench_front, front_markdown, front_table
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.front import front_of
 from prunesearch.search.progress import Progress
@@ -62,6 +62,8 @@ def test_every_sampler_is_held_to_it(result):
     for row in result["rows"]:
         assert all(0 < value["low"] <= value["high"] <= 1 for value in row["reached"].values())
     assert front_table(result).row_count == len(LABELS)
+    text = front_markdown(result)
+    assert all(f"| {label} | " in text for label in LABELS)
 
 
 def test_a_stored_enumeration_is_read(out, result):
