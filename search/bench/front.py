@@ -93,8 +93,8 @@ def front_markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{config['model']['name']} on {config['data']['name']}, {facts['num_train']} training "
         f"and {facts['num_val']} validation images of {facts['image_shape'][-1]} px; dense "
-        f"accuracy {dense['accuracy']:.4f}, {dense['macs'] / 1e6:.2f} M MACs. All {result['candidates']} "
-        f"candidates ({', '.join(map(str, config['space']['criteria']))}"
+        f"accuracy {dense['accuracy']:.4f}, {dense['macs'] / 1e6:.2f} M MACs. All "
+        f"{result['candidates']} candidates ({', '.join(map(str, config['space']['criteria']))}"
         "; every subset of blocks; every choice of keep levels) were scored once after "
         f"batch-norm recalibration, without fine-tuning, in {facts['seconds'] / 60:.0f} minutes "
         f"on {measured['cores']} cores ({measured['cpu']}). Accuracy is on the validation split.",
