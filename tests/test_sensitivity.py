@@ -120,7 +120,7 @@ def config(**space: Any) -> SearchConfig:
                 "keep": {"per": "stage", "low": 0.3},
                 **space,
             },
-            "search": {"trials": 20},
+            "search": {"trials": 80},
         }
     )
 
