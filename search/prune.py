@@ -23,9 +23,9 @@ from ..methods.surgery import (
     ChannelGroup,
     PruningPlan,
     Recipe,
-    apply,
     group_norms,
     group_scores,
+    prune,
 )
 from ..methods.tasks.no_data import NoData
 from .cache import Made
@@ -111,7 +111,7 @@ def prune_by_blocks(
     outer = Recipe(
         recipe.dropped_blocks, {n: kept for n, kept in recipe.kept.items() if n not in inner}
     )
-    model = apply(copy.deepcopy(start.model), context.plan, outer)
+    model = prune(start.model, context.plan, outer)
     sparse = candidate.dsd_lambda is not None
     criterion = TAU if sparse else candidate.criterion
     model, removed = prune_blockwise(

@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..records import TrialResult, TrialStatus
 from ..runs import CONFIG, Run, absolute, resume, run
 from ..store import atomic_write_bytes
+from .common import markdown_row
 
 SPEEDUPS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 SLOWEST = 1.1  # reference point: accuracy 0 at 1.1 x the dense latency
@@ -105,8 +106,8 @@ def report(runs: Mapping[str, Run]) -> str:
         "",
         "## Best accuracy at a speedup of at least",
         "",
-        _row(["run", *(f"{s:g}x" for s in SPEEDUPS), "hypervolume", "trials", "seconds"]),
-        _row(["---"] * (len(SPEEDUPS) + 4)),
+        markdown_row(["run", *(f"{s:g}x" for s in SPEEDUPS), "hypervolume", "trials", "seconds"]),
+        markdown_row(["---"] * (len(SPEEDUPS) + 4)),
         *(_comparison(LABELS[name], one) for name, one in runs.items()),
         "",
         "Hypervolume of (accuracy, latency relative to dense) against (0, 1.1), over 1.1: 1 is "
@@ -114,7 +115,7 @@ def report(runs: Mapping[str, Run]) -> str:
         "",
         "## Front of the search",
         "",
-        _row(
+        markdown_row(
             [
                 "trial",
                 "accuracy",
@@ -130,7 +131,7 @@ def report(runs: Mapping[str, Run]) -> str:
                 "dropped blocks",
             ]
         ),  # fmt: skip
-        _row(["---"] * 12),
+        markdown_row(["---"] * 12),
         *(_member(result) for result in search.front_results()),
         "",
     ]
@@ -150,7 +151,7 @@ def _comparison(label: str, one: Run) -> str:
     points = [[r.accuracy or 0.0, 1 / (r.speedup or math.inf)] for r in completed]
     volume = hypervolume(points, (0.0, SLOWEST), [True, False]) / SLOWEST
     seconds = one.times.get("trials_s", math.nan)
-    return _row([label, *best, f"{volume:.4f}", str(len(one.results())), f"{seconds:.0f}"])
+    return markdown_row([label, *best, f"{volume:.4f}", str(len(one.results())), f"{seconds:.0f}"])
 
 
 def _member(r: TrialResult) -> str:
@@ -165,11 +166,9 @@ def _member(r: TrialResult) -> str:
         f"{(r.num_params or 0) / 1e3:.1f}",
     ]
     rule = json.loads(r.candidate)["select"] or ""
-    return _row([r.trial_id, *numbers, r.criterion or "", rule, ", ".join(r.dropped_blocks)])
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return markdown_row(
+        [r.trial_id, *numbers, r.criterion or "", rule, ", ".join(r.dropped_blocks)]
+    )
 
 
 def _completed(one: Run) -> list[TrialResult]:

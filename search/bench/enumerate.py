@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 
 from ...methods.finetune import recalibrate_batch_norm
 from ...methods.measure import count_macs, count_params
-from ...methods.surgery import apply
+from ...methods.surgery import prune
 from ..config import ConfigError, SearchConfig
 from ..context import TrialContext
 from ..dense import prepare_dense
@@ -223,7 +222,7 @@ def _context(config: SearchConfig, shared: Mapping[str, Any]) -> TrialContext:
 def _row(candidate: Candidate, text: str, context: TrialContext) -> dict[str, Any]:
     task, seed = context.task, context.config.search.seed
     recipe, _ = make_recipe(candidate, context, seed)
-    model = apply(copy.deepcopy(context.dense), context.plan, recipe)
+    model = prune(context.dense, context.plan, recipe)
     generator = torch.Generator().manual_seed(seed)
     recalibrate_batch_norm(model, task, generator=generator, num_images=RECALIBRATION_IMAGES)
     metrics = task.evaluate(model, "val")

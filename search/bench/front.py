@@ -32,6 +32,7 @@ from ..sensitivity import Entry, Level, SensitivityTable, levels, table_of
 from ..setup import make_model
 from ..space import Params, Space
 from ..surrogate.hints import hints_of
+from .common import markdown_row
 from .enumerate import Enumeration, enumerate_space
 
 ENOUGH = 0.95  # of the exact hypervolume
@@ -112,7 +113,12 @@ def front_markdown(result: Mapping[str, Any]) -> str:
     columns = ["sampler", *(f"{b} evaluations" for b in budgets)]
     columns += [f"evaluations to {ENOUGH:.0%}", "ask ms"]
     rows = [[row["sampler"], *_cells(row, budgets)] for row in result["rows"]]
-    lines += [_line(columns), _line(["---"] * len(columns)), *map(_line, rows), ""]
+    lines += [
+        markdown_row(columns),
+        markdown_row(["---"] * len(columns)),
+        *map(markdown_row, rows),
+        "",
+    ]
     lines += [
         f"Hardware of the searches: {replayed['cpu']}, {replayed['cores']} cores; {versions}."
     ]
@@ -272,10 +278,6 @@ def _budgets(result: Mapping[str, Any]) -> list[int]:
 def _cells(row: Mapping[str, Any], budgets: Sequence[int]) -> list[str]:
     reached = [_spread(row["reached"].get(str(budget))) for budget in budgets]
     return [*reached, _needed(row["needed"]), f"{row['ask_ms']:.0f}"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _spread(summary: Mapping[str, float] | None) -> str:

@@ -23,7 +23,7 @@ class Method:
         options: Arguments of `run`.
         shared: Whether one process a worker is started, which share the work.
         ends: Whether it ends by itself; the others are stopped when the time is over.
-        library: What has to be installed, if anything is.
+        package: What has to be installed, if anything is.
     """
 
     module: str
@@ -31,7 +31,7 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     shared: bool = False
     ends: bool = False
-    library: str | None = None
+    package: str | None = None
 
 
 def _pruner(importance: str, scope: str) -> Method:
@@ -46,8 +46,8 @@ METHODS: dict[str, Method] = {
     "torch-pruning-l1-global": _pruner("l1", "global"),
     "torch-pruning-taylor-uniform": _pruner("taylor", "uniform"),
     "torch-pruning-taylor-global": _pruner("taylor", "global"),
-    "fastnas": Method("fastnas", "ModelOpt FastNAS", library="modelopt"),
-    "moasha": Method("moasha", "Syne Tune MOASHA", library="syne_tune"),
+    "fastnas": Method("fastnas", "ModelOpt FastNAS", package="modelopt"),
+    "moasha": Method("moasha", "Syne Tune MOASHA", package="syne_tune"),
 }
 
 
@@ -62,10 +62,10 @@ def check_methods(names: Sequence[str]) -> None:
     for name in names:
         if name not in METHODS:
             raise ConfigError(unknown_name("--methods", name, METHODS))
-        library = METHODS[name].library
-        if library is not None and importlib.util.find_spec(library) is None:
+        package = METHODS[name].package
+        if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"`--methods` (={name}) must be installed: there is no {library}. Install it with "
+                f"`--methods` (={name}) must be installed: there is no {package}. Install it with "
                 "`pip install 'prune-search[peers]'`, or leave the method out."
             )
 
