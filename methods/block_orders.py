@@ -107,7 +107,8 @@ class Recovered:
         evaluator: Measures them.
         model: The model with all its blocks; never changed.
         task: Gives the training batches and the loss.
-        recalibrate_bn: Whether batch-norm statistics are re-estimated first.
+        recalibration_images: Training images that batch-norm statistics are re-estimated on first;
+            0 leaves them.
         epochs: Of the fine-tuning.
         lr: Its peak learning rate.
         augment: Whether its images are augmented as suits the data set.
@@ -122,7 +123,7 @@ class Recovered:
         model: nn.Module,
         task: RankingTask,
         *,
-        recalibrate_bn: bool,
+        recalibration_images: int,
         epochs: float,
         lr: float,
         augment: bool,
@@ -133,7 +134,7 @@ class Recovered:
         self._evaluator = evaluator
         self._model = model
         self._task = task
-        self._recalibrate_bn, self._augment = recalibrate_bn, augment
+        self._recalibration_images, self._augment = recalibration_images, augment
         self._epochs, self._lr, self._seed = epochs, lr, seed
         self._cumulative = cumulative
         self._last: dict[tuple[str, ...], nn.Module] = {}  # the candidates for the last removal
@@ -167,8 +168,13 @@ class Recovered:
     def _recover(self, model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         with seeded(seed), torch.enable_grad():  # dropout draws from the global generators
-            if self._recalibrate_bn:
-                recalibrate_batch_norm(model, self._task, generator=generator)
+            if self._recalibration_images:
+                recalibrate_batch_norm(
+                    model,
+                    self._task,
+                    generator=generator,
+                    num_images=self._recalibration_images,
+                )
             finetune(
                 model,
                 self._task,

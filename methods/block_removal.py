@@ -82,6 +82,7 @@ def rank_blocks(
     max_drop: int | None = None,
     suffix_only: bool = True,
     score_recalibrate_bn: bool = False,
+    recalibration_images: int = 512,
     score_finetune_epochs: float = 0.0,
     finetune_from: FinetuneFrom = "original",
     finetune_lr: float = 1e-3,
@@ -111,6 +112,7 @@ def rank_blocks(
             digit; a model that does not allow it is run whole, and so is a fine-tuned one.
         score_recalibrate_bn: Greedy, oneshot and exhaustive re-estimate the batch-norm statistics
             of a copy of the model before they measure a removal: what a search does after it.
+        recalibration_images: Training images for that.
         score_finetune_epochs: Likewise, fine-tune it for so long; a fraction trains on that share
             of an epoch.
         finetune_from: Greedy fine-tunes each removal from the model's `original` weights, or from
@@ -149,7 +151,7 @@ def rank_blocks(
                 evaluator,
                 model,
                 task,
-                recalibrate_bn=score_recalibrate_bn,
+                recalibration_images=recalibration_images if score_recalibrate_bn else 0,
                 epochs=score_finetune_epochs,
                 lr=finetune_lr,
                 augment=augment,

@@ -25,7 +25,7 @@ DISTILL_TEMPERATURE = 4.0
 
 
 def recalibrate_batch_norm(
-    model: nn.Module, task: Any, *, generator: torch.Generator, num_images: int = 2048
+    model: nn.Module, task: Any, *, generator: torch.Generator, num_images: int = 512
 ) -> None:
     """Re-estimates the running statistics of every batch norm on training images.
 
@@ -35,7 +35,8 @@ def recalibrate_batch_norm(
         model: Changed in place; its train/eval mode is restored.
         task: Supplies un-augmented training batches.
         generator: Draws the images.
-        num_images: How many images to use.
+        num_images: How many images to use. With 512 the order of candidates by accuracy is that
+            with all images (`prune-search bench recalibration`).
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:

@@ -9,16 +9,31 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from .finetune import BATCH_NORMS
 from .models.resnet_cifar import ZeroPadShortcut
 from .surgery import PRODUCERS, ChannelGroup, Edit, PruningPlan, Recipe, apply, num_outputs
+
+
+def _import_torch_pruning() -> Any:
+    """torch-pruning without timm: it imports that, for seconds, to count what nobody asks for."""
+    if "timm" in sys.modules:
+        return import_module("torch_pruning")
+    sys.modules["timm"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        return import_module("torch_pruning")
+    finally:
+        del sys.modules["timm"]
+
+
+tp = _import_torch_pruning()
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 PROOF_TOLERANCE = 1e-3  # of the largest output; float32 noise is below 1e-5
@@ -49,7 +64,7 @@ def plan_pruning(model: nn.Module, example_input: Tensor, *, scope: str = "all")
     return PruningPlan(tuple(groups), {**excluded, **broken})
 
 
-class _ZeroPadPruner(tp.BasePruningFunc):  # type: ignore[misc]
+class _ZeroPadPruner(tp.BasePruningFunc):  # type: ignore[misc, name-defined]
     """Edits the wiring of an option-A shortcut; its two sides are independent of each other."""
 
     TARGET_MODULES = ZeroPadShortcut

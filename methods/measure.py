@@ -207,7 +207,14 @@ def timing(threads: int, *models: nn.Module) -> Iterator[None]:
             yield
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not asked for: the first use would import the compiler, 3 s in each process."""
+        return False
+
+
+class _Flops(_Mode):  # type: ignore[no-untyped-call]
     """FlopCounterMode without its table of modules, in a third of the time.
 
     It needs no_grad: inference_mode shows operators before they are taken apart.
@@ -228,7 +235,7 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LiveStorages(_Mode):  # type: ignore[no-untyped-call]
     """Follows the bytes of all storages that are made while it is active."""
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:

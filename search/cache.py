@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .config import CacheConfig
 from .shelf import LEASE_S, RESULTS, TRIMMED, Lock, Packed, Shelf, address, cache_dir
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARED = "shared"  # the folder in the run folder
 POLL_S = 0.2  # between two questions whether another's result is there
@@ -43,12 +43,16 @@ class Made:
 
     def pack(self, key: Mapping[str, Any]) -> Packed:
         """The result as it is stored."""
+        from safetensors.torch import save  # the keeper needs no torch
+
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         return Packed.of(key, self.info, save(tensors) if tensors else b"")
 
     @classmethod
     def unpack(cls, packed: Packed) -> Made:
         """Inverse of `pack`."""
+        from safetensors.torch import load
+
         return cls(load(packed.tensors) if packed.tensors else {}, packed.info)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +21,6 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
-import torch
 
 from .config import ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
@@ -33,6 +35,8 @@ def check_local(config: SearchConfig) -> None:
     Raises:
         ConfigError: If a trial or the probe can never run here.
     """
+    import torch
+
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     for key, asked, have in (
         ("resources.cpu", config.resources.cpu, cores),
@@ -88,6 +92,54 @@ def connect(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def connecting(address: str | None) -> Iterator[Callable[[], None]]:
+    """As `connect`, in the background: Ray's start is mostly waiting.
+
+    Yields:
+        A function that returns when Ray is there, or raises what `connect` raises.
+    """
+    there, over = threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def hold() -> None:  # a local Ray ends with the thread that started it
+        try:
+            with connect(address):
+                there.set()
+                over.wait()
+        except BaseException as error:
+            failures.append(error)
+            there.set()
+
+    thread = threading.Thread(target=hold, name="ray")
+
+    def wait() -> None:
+        there.wait()
+        if failures:
+            raise failures[0]
+
+    with _ended_by_sigterm():
+        thread.start()
+        try:
+            yield wait
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as Ray would see to it in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _init(options: Mapping[str, Any]) -> None:
@@ -184,6 +236,8 @@ def fan_out(
 def _call(
     threads: int, limit_s: float | None, function: Callable[..., Any], *arguments: Any
 ) -> Any:
+    import torch
+
     torch.set_num_threads(threads)
     with watchdog(limit_s):
         return function(*arguments)

@@ -474,6 +474,9 @@ class RecoverConfig(_Section):
     """How a pruned model gets its accuracy back."""
 
     recalibrate_bn: bool = Field(default=True, description="whether batch norms are re-estimated")
+    recalibration_images: int = Field(
+        default=512, ge=2, description="the training images that batch norms are re-estimated on"
+    )
     epochs: float = Field(
         default=1.0, ge=0, description="passes over the training images, also fractions"
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .dense import Baseline
-    from .driver import Fleet
+    from .fleet import Fleet
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -275,33 +275,36 @@ def _execute(
     *,
     new: bool,
 ) -> Run:
-    from .coordinator import Coordinator
-    from .costs import costs_of
-    from .dense import prepare_dense
-    from .seeds import default_seeds
-    from .sensitivity import measure_sensitivity
-    from .setup import make_space, pose
-    from .surrogate.hints import hints_of
+    from .cluster import check_local, connecting
 
     progress = progress or Progress.silent()
     folder = folder.absolute()  # Ray's workers start in other folders
     clock = _Clock()
-    with ExitStack() as stack:
-        with clock("load_s"):
-            problem = pose(config)
-        with clock("ray_start_s"):
-            from .cluster import check_local, connect
-            from .driver import Fleet
+    with ExitStack() as run_folder, connecting(address) as wait_for_ray:
+        with clock("load_s"):  # the imports too: they take seconds
+            from .fleet import Fleet
+            from .setup import make_space, pose
 
+            problem = pose(config)
             if address in LOCAL:
                 check_local(config)
-            else:
-                stack.enter_context(connect(address))
-        stack.enter_context(locked(folder))
-        stack.callback(lambda: _add_times(folder, clock.seconds))
+        run_folder.enter_context(locked(folder))
+        run_folder.callback(lambda: _add_times(folder, clock.seconds))
         for line in ignored_settings(config) if new else ():
             progress.say(f"warning: {line}")
         _describe(config, folder, new=new)
+        with clock("ray_start_s"):
+            wait_for_ray()
+            fleet = Fleet(problem, folder)
+        with clock("load_s"):  # the rest, while the probe starts
+            from . import driver  # noqa: F401  # Tune's, the slowest
+            from .coordinator import Coordinator
+            from .costs import costs_of
+            from .dense import prepare_dense
+            from .seeds import default_seeds
+            from .sensitivity import measure_sensitivity
+            from .surrogate.hints import hints_of
+
         with clock("dense_s"):
             baseline = prepare_dense(problem, folder, progress.say)
         with clock("blocks_s"):
@@ -309,10 +312,6 @@ def _execute(
         progress.say(f"space: {space.size_hint}")
         with clock("sensitivity_s"):
             table = measure_sensitivity(problem, space, baseline.accuracy, folder, progress.say)
-        with clock("ray_start_s"):
-            if address in LOCAL:
-                stack.enter_context(connect(None))
-            fleet = Fleet(problem, baseline.accuracy, folder)
         with clock("reference_s"):
             baseline = _with_reference(baseline, fleet, folder, progress)
         with clock("sensitivity_s"):

@@ -37,7 +37,6 @@ from .store import read_json, write_json
 SENSITIVITY = "sensitivity.json"
 SHARE = 0.2  # of what the trials will cost, at most: so much fewer are seeds than without
 IMAGES = 2000  # validation images of one evaluation, at most
-RECALIBRATION_IMAGES = 512
 TRAINING = 3  # a training step costs so many forward passes
 LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
 UNIFORM = 0.6  # where criteria are compared with each other
@@ -272,11 +271,10 @@ def max_evaluations(config: SearchConfig, problem: Problem) -> int:
     """How many evaluations cost `SHARE` of the trials: in images that are run forward."""
     num_train, num_val = problem.task.num_train, len(problem.task.data.val)
     recover = config.recover
-    recalibration = min(2048, num_train) if recover.recalibrate_bn else 0
+    recalibration = min(recover.recalibration_images, num_train) * recover.recalibrate_bn
     trial = TRAINING * trained_share(config) * recover.epochs * num_train + recalibration
     trial += num_val * (1 + (recover.epochs > 0))
-    one = min(IMAGES, num_val)
-    one += min(RECALIBRATION_IMAGES, num_train) if recover.recalibrate_bn else 0
+    one = min(IMAGES, num_val) + recalibration
     return int(SHARE * config.search.trials * trial / one)
 
 
@@ -425,7 +423,7 @@ def _entry(level: Level, candidate: Candidate, context: TrialContext, costs: Lay
         context.task,
         seed=config.search.seed,
         recalibrate_bn=config.recover.recalibrate_bn,
-        recalibration_images=RECALIBRATION_IMAGES,
+        recalibration_images=config.recover.recalibration_images,
         num_images=IMAGES,
     )
     keep = {

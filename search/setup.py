@@ -199,6 +199,7 @@ def _rank(problem: Problem, say: Say) -> Made:
             order=config.space.blocks.order,
             score=config.space.blocks.score,
             score_recalibrate_bn=config.space.blocks.score_recalibrate_bn,
+            recalibration_images=config.recover.recalibration_images,
             score_finetune_epochs=config.space.blocks.score_finetune_epochs,
             finetune_lr=config.space.blocks.score_finetune_lr,
             finetune_from=config.space.blocks.finetune_from,
@@ -228,6 +229,7 @@ def _ranking_key(problem: Problem) -> dict[str, Any]:
         "blocks": problem.blocks,
         "max_drop": max_blocks(config.space.blocks, len(problem.blocks)),
         "settings": config.space.blocks.model_dump(mode="json", exclude={"mode", "max_drop"}),
+        "recalibration_images": config.recover.recalibration_images,
     }
 
 

@@ -172,7 +172,7 @@ def _recalibrated(
 ) -> Work:
     if context.config.recover.recalibrate_bn:
         with _clock(result, "finetune_s"):
-            recalibrate_batch_norm(model, context.task, generator=generator)
+            _recalibrate(model, context, generator)
     return Work(model, recipe, make_training(model, context, generator))
 
 
@@ -208,8 +208,13 @@ def _evaluate(model: nn.Module, fidelity: int, context: TrialContext) -> dict[st
     if fidelity < FULL_FIDELITY and context.config.recover.recalibrate_bn:
         model = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(context.config.search.seed)
-        recalibrate_batch_norm(model, context.task, generator=generator)
+        _recalibrate(model, context, generator)
     return context.task.evaluate(model, "val")
+
+
+def _recalibrate(model: nn.Module, context: TrialContext, generator: torch.Generator) -> None:
+    images = context.config.recover.recalibration_images
+    recalibrate_batch_norm(model, context.task, generator=generator, num_images=images)
 
 
 def _measure(

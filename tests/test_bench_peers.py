@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import write_config
 from safetensors.torch import load_file
+from torch import nn
 
 from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.measure import count_macs, count_params
@@ -71,18 +73,16 @@ def test_ahead_counts_the_points_after_the_first_tenth() -> None:
     assert spread([[1.0, 5.0], [3.0, 4.0], [2.0, 9.0]]) == ([1, 4], [2, 5], [3, 9])
 
 
-def test_ladder_spans_early_and_is_dealt_out() -> None:
+def test_ladder_spans_early() -> None:
     whole = ladder(0.0, 8.0)
     assert [next(whole) for _ in range(7)] == [4, 2, 6, 1, 5, 3, 7]
-    first, second = ladder(0.0, 8.0, step=2), ladder(0.0, 8.0, start=1, step=2)
-    assert [next(first), next(second), next(first), next(second)] == [4, 2, 6, 1]
 
 
 def test_methods_take_turns_to_begin() -> None:
     assert peers_run.rotated(["a", "b", "c"], 0) == ["a", "b", "c"]
     assert peers_run.rotated(["a", "b", "c"], 4) == ["b", "c", "a"]
-    with pytest.raises(ConfigError, match="torch-pruning-l1-global"):
-        check_methods(["torch-pruning-l1-globl"])
+    with pytest.raises(ConfigError, match="Did you mean `torch-pruning`"):
+        check_methods(["torch-prunning"])
 
 
 @pytest.mark.parametrize("importance", ["l1", "taylor"])
@@ -91,7 +91,7 @@ def test_torch_pruning_script(
     problem: PeerProblem, tmp_path: Path, importance: str, scope: str
 ) -> None:
     log = Log(tmp_path, problem, started=0.0)
-    torch_pruning.run(problem, log, importance=importance, scope=scope, limit=1)
+    torch_pruning.run(problem, log, ways=f"{importance} {scope}", limit=1)
     (one,) = read_log(tmp_path, seconds=1e12)
     assert one.macs < problem.baseline["macs"] and not one.architecture.dropped_blocks
     assert problem.dense.fc.out_features == 10  # nobody changes the dense model
@@ -105,6 +105,26 @@ def test_torch_pruning_script(
     assert problem.accuracy(model) == one.accuracy  # the log's accuracy is the stored weights'
     if scope == "uniform":
         assert model.conv1.out_channels == 8  # the ladder begins at 0.475 of 16
+
+
+def test_torch_pruning_deals_out_every_way_at_every_ratio(
+    problem: PeerProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[int, list[tuple[str, str, float]]] = {0: [], 1: []}
+    for worker, mine in asked.items():
+
+        def prune(_: PeerProblem, *way: Any, mine: list[Any] = mine) -> nn.Module:
+            mine.append(way)
+            raise ValueError("only asked")
+
+        monkeypatch.setattr(torch_pruning, "prune", prune)
+        log = Log(tmp_path, problem, started=0.0)
+        torch_pruning.run(problem, log, worker=worker, workers=2, limit=4)
+    both = sorted(asked[0] + asked[1], key=lambda way: way[2])
+    pairs = [("l1", "global"), ("l1", "uniform"), ("taylor", "global"), ("taylor", "uniform")]
+    assert [ratio for _, _, ratio in both] == pytest.approx([0.2625] * 4 + [0.475] * 4)
+    assert sorted(both[:4]) == sorted((*pair, both[0][2]) for pair in pairs)
+    assert asked[0][0] == ("l1", "uniform", pytest.approx(0.475))
 
 
 def test_log_drops_what_is_late_or_torn(problem: PeerProblem, tmp_path: Path) -> None:
@@ -190,7 +210,7 @@ def test_bench_reports_and_runs_nothing_twice(
     assert bench(1e9) == text and started == ["ours", "fastnas"]
     (out / "seed0" / "ours" / "done.json").unlink()  # as a run that was cut short leaves it
     assert bench(1e9) == text and started == ["ours", "fastnas", "ours"]
-    with pytest.raises(ConfigError, match="another one"):
+    with pytest.raises(ConfigError, match="differs in seconds"):
         bench(1.0)
 
 

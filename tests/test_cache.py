@@ -163,9 +163,9 @@ def test_two_trials_that_ask_at_once_make_it_once(tmp_path):
     """Through a real Ray: two workers, one keeper, one sparse training."""
     import ray
 
-    from prunesearch.search.actors import Keeper, shares
     from prunesearch.search.cluster import connect, fan_out
     from prunesearch.search.config import ResourcesConfig
+    from prunesearch.search.keeper import Keeper, shares
 
     key, makers = KEY, tmp_path / "makers"
     makers.mkdir()

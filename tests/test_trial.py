@@ -14,10 +14,10 @@ from torch import nn
 
 from prunesearch.methods.measure import Latency, count_macs, paired_latency
 from prunesearch.methods.surgery import Recipe, apply
-from prunesearch.search.actors import Keeper
 from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
+from prunesearch.search.keeper import Keeper
 from prunesearch.search.records import Candidate, TrialResult, TrialStatus
 from prunesearch.search.setup import (
     Problem,

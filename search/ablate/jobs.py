@@ -21,10 +21,10 @@ from ...methods.layer_attribution import score_layers
 from ...methods.layer_bypass import bypass, bypassable_layers, zero
 from ...methods.measure import count_macs
 from ...methods.surgery import apply, layer_widths
-from ..actors import shares
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
 from ..dense import prepare_dense
+from ..keeper import shares
 from ..prune import make_recipe
 from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus
 from ..setup import (
@@ -160,6 +160,7 @@ def _blocks(row: Row, seed: int, context: TrialContext, problem: Problem) -> lis
         seed=seed,
         fresh=lambda: draw_model(context.config, context.task.num_classes),
         augment=context.config.data.augment,
+        recalibration_images=context.config.recover.recalibration_images,
         **row.options,
     )
     measured = {step.removed: step.accuracy for step in ranking.path}

@@ -105,7 +105,7 @@ def ablate(
         NothingCompletedError: If every row failed; the report is written all the same.
     """
     from ..cluster import check_local, connect
-    from ..driver import start_keeper
+    from ..fleet import start_keeper
 
     study = find_study(paper, table)
     progress = progress or Progress.silent()

@@ -16,7 +16,7 @@ import torch
 from ...methods.finetune import recalibrate_batch_norm
 from ...methods.measure import count_macs, count_params
 from ...methods.surgery import prune
-from ..config import ConfigError, SearchConfig
+from ..config import ConfigError, SearchConfig, parse_config
 from ..context import TrialContext
 from ..dense import prepare_dense
 from ..environment import environment
@@ -41,7 +41,6 @@ from ..store import atomic_write_bytes, read_json
 
 MOST = 20_000  # candidates that one enumeration may have
 CHUNK = 64
-RECALIBRATION_IMAGES = 512
 LINE_EVERY_S = 30.0
 SCHEMA = pa.schema(
     [
@@ -108,7 +107,7 @@ def enumerate_space(
         )
     if path.exists():
         exact = Enumeration(path)
-        if exact.facts["config"] != _config(config):
+        if _stored_config(exact.facts["config"]) != _config(config):
             raise ConfigError(
                 f"`--out` (={path}) must hold the enumeration of this config: it is of another "
                 "one. Choose another --out."
@@ -181,6 +180,12 @@ def _config(config: SearchConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=others) | {"seed": config.search.seed}
 
 
+def _stored_config(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`_config` of a table that may be older than some keys; they have their defaults."""
+    settings = {key: value for key, value in facts.items() if key != "seed"}
+    return _config(parse_config(settings | {"search": {"seed": facts["seed"]}}))
+
+
 def _share(value: Any) -> Any:
     return value
 
@@ -224,7 +229,8 @@ def _row(candidate: Candidate, text: str, context: TrialContext) -> dict[str, An
     recipe, _ = make_recipe(candidate, context, seed)
     model = prune(context.dense, context.plan, recipe)
     generator = torch.Generator().manual_seed(seed)
-    recalibrate_batch_norm(model, task, generator=generator, num_images=RECALIBRATION_IMAGES)
+    images = context.config.recover.recalibration_images
+    recalibrate_batch_norm(model, task, generator=generator, num_images=images)
     metrics = task.evaluate(model, "val")
     return {
         "candidate": text,

@@ -26,7 +26,7 @@ from ...methods.tasks.classification import ClassificationTask
 from ..config import RecoverConfig
 from ..records import Candidate
 
-RECALIBRATION_IMAGES = 2048
+RECALIBRATION_IMAGES = 512
 
 
 @dataclass

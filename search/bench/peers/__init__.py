@@ -10,8 +10,8 @@ The protocol, which is the same for every method:
   kept from one method or seed to the next. Whatever is not finished in time does not count.
 - **Machine.** As many single-threaded workers for all as trials fit on the machine
   (cores / resources.cpu, at most resources.max_concurrent): `ours` on Ray, MOASHA in worker
-  processes, the Torch-Pruning script as that many processes that deal the ladder out. FastNAS is
-  one process by nature and has as many torch threads instead.
+  processes, the Torch-Pruning script as that many processes that deal the candidates out. FastNAS
+  is one process by nature and has as many torch threads instead.
 - **Candidate.** A pruned model counts from the moment when it had the whole recovery of the config
   (batch-norm recalibration, fine-tuning) and its validation accuracy is known. What a method stops
   earlier does not count. The dense model is everybody's candidate from the start.
@@ -25,9 +25,9 @@ The protocol, which is the same for every method:
 The methods:
 
 - `ours`: `prunesearch.search.run`. Its caches are empty; only the dense weights are given.
-- `torch-pruning-*`: what users of Torch-Pruning write: prune in one shot by L1 or Taylor, each
-  layer alike (`uniform`) or by one threshold (`global`), at a ladder of ratios that spans the
-  range early and gets finer until the time is over. Widths are multiples of
+- `torch-pruning`: what users of Torch-Pruning write: prune in one shot by L1 or Taylor, each
+  layer alike (uniform) or by one threshold (global), all four in turn, at a ladder of ratios that
+  spans the range early and gets finer until the time is over. Widths are multiples of
   `space.keep.round_to`.
 - `fastnas`: NVIDIA ModelOpt's FastNAS, one search for each of a ladder of MACs constraints. Its
   sensitivity map is kept between the searches; channel divisor 4 (its default of 32 leaves small

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 
-def ladder(low: float, high: float, *, start: int = 0, step: int = 1) -> Iterator[float]:
+def ladder(low: float, high: float) -> Iterator[float]:
     """The van der Corput sequence in base 2, scaled: the middle, the quarters, the eighths ...
 
     Args:
         low: Lower end of the range.
         high: Upper end.
-        start: The first point to take, from 0.
-        step: Every how many points one is taken: `step` workers share the sequence.
     """
-    number = start
-    while True:
-        yield low + (high - low) * radical_inverse(number + 1)
-        number += step
+    for number in itertools.count(1):
+        yield low + (high - low) * radical_inverse(number)
 
 
 def radical_inverse(number: int) -> float:

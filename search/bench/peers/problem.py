@@ -72,8 +72,11 @@ class PeerProblem:
 
     def recalibrate(self, model: nn.Module, generator: torch.Generator) -> None:
         """The first part of recovery: batch-norm statistics, if the config asks for them."""
-        if self.config.recover.recalibrate_bn:
-            recalibrate_batch_norm(model, self.task, generator=generator)
+        recover = self.config.recover
+        if recover.recalibrate_bn:
+            recalibrate_batch_norm(
+                model, self.task, generator=generator, num_images=recover.recalibration_images
+            )
 
     def finetune(self, model: nn.Module, generator: torch.Generator) -> None:
         """The second part of recovery: the config's fine-tuning.

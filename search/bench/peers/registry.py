@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ class Method:
     Attributes:
         module: Module of this package that has its `run`.
         label: What tables call it.
-        options: Arguments of `run`.
         shared: Whether one process a worker is started, which share the work.
         ends: Whether it ends by itself; the others are stopped when the time is over.
         package: What has to be installed, if anything is.
@@ -28,24 +27,15 @@ class Method:
 
     module: str
     label: str
-    options: Mapping[str, str] = field(default_factory=dict)
     shared: bool = False
     ends: bool = False
     package: str | None = None
 
 
-def _pruner(importance: str, scope: str) -> Method:
-    options = {"importance": importance, "scope": scope}
-    return Method("torch_pruning", f"Torch-Pruning, {importance} {scope}", options, shared=True)
-
-
 OURS = "ours"
 METHODS: dict[str, Method] = {
     OURS: Method("ours", "this search", ends=True),
-    "torch-pruning-l1-uniform": _pruner("l1", "uniform"),
-    "torch-pruning-l1-global": _pruner("l1", "global"),
-    "torch-pruning-taylor-uniform": _pruner("taylor", "uniform"),
-    "torch-pruning-taylor-global": _pruner("taylor", "global"),
+    "torch-pruning": Method("torch_pruning", "Torch-Pruning", shared=True),
     "fastnas": Method("fastnas", "ModelOpt FastNAS", package="modelopt"),
     "moasha": Method("moasha", "Syne Tune MOASHA", package="syne_tune"),
 }
@@ -86,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     name, problem_folder, folder, started, seconds, worker = arguments
     method = METHODS[name]
     problem = PeerProblem(Path(problem_folder))
-    options: dict[str, Any] = dict(method.options)
+    options: dict[str, Any] = {}
     if method.shared:
         options |= {"worker": int(worker), "workers": problem.workers}
     if method.ends:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ...config import SearchConfig
 from ...front import non_dominated
-from ...plot import BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, new_figure, save_figure, tidy
+from ...plot import BLUE, GREEN, INK, ORANGE, VERMILLION, new_figure, save_figure, tidy
 from ...store import atomic_write_bytes, read_json
 from .curves import COSTS, FRACTIONS, Point, curve, num_ahead, spread
 from .latencies import measure_all, short_key
@@ -27,11 +27,8 @@ NAMES = {"latency": "accuracy and latency", "macs": "accuracy and MACs"}
 LOOKS = [
     (BLUE, "-"),
     (GREEN, "-"),
-    (GREEN, "--"),
     (ORANGE, "-"),
-    (ORANGE, "--"),
     (VERMILLION, "-"),
-    (GREY, "-"),
 ]
 
 Curves = dict[str, dict[str, list[list[float]]]]  # cost -> method -> one curve a seed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ConfigError, SearchConfig
+from ...digests import code_digest
 from ...environment import environment
 from ...progress import Progress
 from ...runs import absolute
@@ -56,8 +57,10 @@ def bench_peers(
 
     check_methods(methods)
     config = absolute(config)
-    _claim(out, config, seconds)
-    for seed in range(config.search.seed, config.search.seed + seeds):
+    chosen = range(config.search.seed, config.search.seed + seeds)
+    done = all((out / f"seed{seed}" / name / DONE).exists() for seed in chosen for name in methods)
+    _claim(out, config, seconds, done)
+    for seed in chosen:
         folder = out / f"seed{seed}"
         problem = _problem(config, seed, folder, progress)
         for name in rotated(methods, seed - config.search.seed):
@@ -74,20 +77,30 @@ def rotated(methods: Sequence[str], by: int) -> list[str]:
     return [*methods[start:], *methods[:start]]
 
 
-def _claim(out: Path, config: SearchConfig, seconds: float) -> None:
-    """Refuses a folder of another benchmark: its budgets could not be compared."""
-    mine = {"config": config.model_dump(mode="json"), "seconds": seconds}
+def _claim(out: Path, config: SearchConfig, seconds: float, done: bool) -> None:
+    """Refuses a folder of another benchmark: its runs could not be compared.
+
+    When all runs are `done`, they are only reported, and the code may have changed.
+    """
+    mine = {
+        "config": config.model_dump(mode="json"),
+        "seconds": seconds,
+        "code": code_digest(search=True),
+        "environment": environment(),
+    }
     path = out / PROTOCOL
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"`--out` (={out}) must not exist yet or be empty. Choose another.")
-        write_json(path, mine | {"environment": environment()})
+        write_json(path, mine)
         return
     stored = read_json(path)
-    if {key: stored[key] for key in mine} != mine:
+    binding = mine.keys() - {"code"} if done else mine.keys()
+    other = [key for key in mine if key in binding and stored.get(key) != mine[key]]
+    if other:
         raise ConfigError(
-            f"`--out` (={out}) must hold a benchmark of this config and of {seconds:g} seconds: "
-            "it is of another one. Choose another --out."
+            f"`--out` (={out}) must hold a benchmark of the same config, seconds, code and "
+            f"machine: it differs in {' and '.join(other)}. Choose another --out."
         )
 
 

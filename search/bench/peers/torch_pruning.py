@@ -1,6 +1,7 @@
 """A Torch-Pruning script as its users write it (Fang et al. 2023, arXiv:2301.12900).
 
-One shot at one ratio, then recovery; again for the next ratio of a ladder.
+One shot at one ratio, then recovery; in turn by each importance and scope; again for the next
+ratio of a ladder.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ def run(
     problem: PeerProblem,
     log: Log,
     *,
-    importance: str,
-    scope: str,
+    ways: str = "l1 uniform, l1 global, taylor uniform, taylor global",
     worker: int = 0,
     workers: int = 1,
     limit: int | None = None,
 ) -> None:
-    """Prunes at ratio after ratio until it is stopped.
+    """Prunes at ratio after ratio, each ratio in each way, until it is stopped.
 
     Args:
         problem: What is pruned.
         log: Where candidates go.
-        importance: `l1` or `taylor`.
-        scope: `uniform` (each layer alike) or `global` (one threshold).
+        ways: Importances and scopes: `l1` or `taylor`, and `uniform` (each layer alike) or
+            `global` (one threshold).
         worker: Which of the workers this is.
-        workers: How many share the ladder.
-        limit: How many ratios; None for all that fit in the time.
+        workers: How many share the candidates.
+        limit: How many candidates; None for all that fit in the time.
     """
     torch.set_num_threads(problem.threads)
-    ratios = ladder(*RATIOS, start=worker, step=workers)
-    for index, ratio in enumerate(itertools.islice(ratios, limit)):
-        number = worker + index * workers
-        label = f"{number:04d}-{ratio:.4f}"
+    pairs = [way.split() for way in ways.split(", ")]
+    every = (
+        (importance, scope, ratio) for ratio in ladder(*RATIOS) for importance, scope in pairs
+    )
+    mine = itertools.islice(enumerate(every), worker, None, workers)
+    for number, (importance, scope, ratio) in itertools.islice(mine, limit):
+        label = f"{number:04d}-{importance}-{scope}-{ratio:.4f}"
         try:
             model = prune(problem, importance, scope, ratio)
             accuracy = problem.recover(model, number)
