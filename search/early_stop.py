@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import SearchConfig
-from .records import FULL_FIDELITY, TrialResult, TrialStatus
+from .records import FULL_FIDELITY, TrialResult, TrialStatus, is_uniform
 
 RISING = ("accuracy", "accuracy_drop", "loss")  # metrics that get better with the fidelity
 POOR, ENOUGH = 0.5, 8  # a rank correlation below this over at least so many trials is a warning
@@ -45,6 +45,7 @@ class Ladder:
 
     A trial is promotable when it has not been promoted from its rung yet and is among the best
     1 / `reduction_factor` of the rung, or on the rung's own front: a front needs many members.
+    Uniform pruning always is: a control that is trained less than the others controls nothing.
 
     Args:
         objectives: Metric -> `maximize` or `minimize`. Accuracy, its drop and the loss are all
@@ -67,6 +68,8 @@ class Ladder:
             if costs is not None:  # else it can never be on the front
                 waits = result.status is TrialStatus.EARLY_STOPPED and rung == result.fidelity
                 self._rungs[rung].add(result.trial_id, costs, promoted=not waits)
+                if waits and is_uniform(result):
+                    self._rungs[rung].controls.add(result.trial_id)
 
     def promote(self) -> tuple[str, int] | None:
         """The next trial to go on, and to which rung; the highest rung first. None: nobody.
@@ -119,6 +122,7 @@ class _Rung:
 
     def __init__(self, reduction_factor: int, num_objectives: int) -> None:
         self.promoted: set[str] = set()
+        self.controls: set[str] = set()  # promotable whatever their rank
         self._reduction_factor = reduction_factor
         self._names: list[str] = []
         self._known: set[str] = set()
@@ -153,7 +157,8 @@ class _Rung:
         self._settled = False
 
     def promotable(self) -> Iterator[str]:
-        """Trials to be promoted, the best first."""
+        """Trials to be promoted, controls first, then the best."""
+        yield from sorted(self.controls - self.promoted)
         if self._settled:
             return
         room = len(self._names) // self._reduction_factor
@@ -162,7 +167,8 @@ class _Rung:
             level = np.flatnonzero(self._ranks == rank)
             admitted = len(level) if rank == 0 else min(len(level), room)
             room -= len(level)
-            waiting = {n for n in level.tolist() if self._names[n] not in self.promoted}
+            gone = self.promoted | self.controls
+            waiting = {n for n in level.tolist() if self._names[n] not in gone}
             if admitted > 0 and waiting:
                 for index in self._in_epsilon_net_order(level)[:admitted]:
                     if index in waiting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..methods.names import nearest
 from .front import front_of
 from .metrics import METRICS
-from .records import TrialResult, TrialStatus
+from .records import TrialResult, TrialStatus, is_uniform
 from .store import atomic_write_bytes
 from .yaml_source import ConfigError
 
@@ -168,7 +167,7 @@ def _draw(
         ),
         (
             "trial",
-            [r for r in completed if not _is_random(r) and not _is_uniform(r)],
+            [r for r in completed if not _is_random(r) and not is_uniform(r)],
             {"marker": "o", "s": 20, "color": GREY, "linewidths": 0, "zorder": 3},
         ),
         (
@@ -178,7 +177,7 @@ def _draw(
         ),
         (
             "control: uniform pruning",
-            [r for r in completed if _is_uniform(r) and not _is_random(r)],
+            [r for r in completed if is_uniform(r) and not _is_random(r)],
             {"marker": "s", "s": 34, "color": GREEN, "edgecolors": "white", "zorder": 5},
         ),
     ]
@@ -227,12 +226,8 @@ def _is_random(result: TrialResult) -> bool:
     return result.criterion == "random"
 
 
-def _is_uniform(result: TrialResult) -> bool:
-    return str(json.loads(result.candidate).get("origin", "")).startswith("seed: uniform")
-
-
 def _is_control(result: TrialResult) -> bool:
-    return _is_random(result) or _is_uniform(result)
+    return _is_random(result) or is_uniform(result)
 
 
 def _check(field: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:

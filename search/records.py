@@ -136,6 +136,11 @@ class TrialResult:
         return cls(**data | {"status": TrialStatus(data["status"])})
 
 
+def is_uniform(result: TrialResult) -> bool:
+    """Whether the trial is the control that is called uniform pruning."""
+    return str(json.loads(result.candidate).get("origin", "")).startswith("seed: uniform")
+
+
 def violations(constraints: Iterable[Constraint], result: TrialResult) -> dict[str, float]:
     """How far each constraint is exceeded; zero or less means that it holds.
 
