@@ -45,7 +45,8 @@ class Ladder:
 
     A trial is promotable when it has not been promoted from its rung yet and is among the best
     1 / `reduction_factor` of the rung, or on the rung's own front: a front needs many members.
-    Uniform pruning always is: a control that is trained less than the others controls nothing.
+    So is the best of uniform pruning, the front of its own trials: a control that is trained less
+    than the others controls nothing.
 
     Args:
         objectives: Metric -> `maximize` or `minimize`. Accuracy, its drop and the loss are all
@@ -122,7 +123,7 @@ class _Rung:
 
     def __init__(self, reduction_factor: int, num_objectives: int) -> None:
         self.promoted: set[str] = set()
-        self.controls: set[str] = set()  # promotable whatever their rank
+        self.controls: set[str] = set()  # their own front is promotable too
         self._reduction_factor = reduction_factor
         self._names: list[str] = []
         self._known: set[str] = set()
@@ -158,7 +159,8 @@ class _Rung:
 
     def promotable(self) -> Iterator[str]:
         """Trials to be promoted, controls first, then the best."""
-        yield from sorted(self.controls - self.promoted)
+        controls = self._best_controls() - self.promoted
+        yield from sorted(controls)
         if self._settled:
             return
         room = len(self._names) // self._reduction_factor
@@ -167,7 +169,7 @@ class _Rung:
             level = np.flatnonzero(self._ranks == rank)
             admitted = len(level) if rank == 0 else min(len(level), room)
             room -= len(level)
-            gone = self.promoted | self.controls
+            gone = self.promoted | controls
             waiting = {n for n in level.tolist() if self._names[n] not in gone}
             if admitted > 0 and waiting:
                 for index in self._in_epsilon_net_order(level)[:admitted]:
@@ -177,6 +179,14 @@ class _Rung:
             if room <= 0:
                 break
         self._settled = not found
+
+    def _best_controls(self) -> set[str]:
+        places = [n for n, name in enumerate(self._names) if name in self.controls]
+        return {
+            self._names[n]
+            for n in places
+            if not self._dominating(self._names[n], self._costs[n])[places].any()
+        }
 
     def _in_epsilon_net_order(self, level: npt.NDArray[np.int64]) -> list[int]:
         """The best in the first objective, then always the one farthest from those before.

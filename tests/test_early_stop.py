@@ -55,15 +55,16 @@ def test_the_front_and_the_best_third_are_promoted_once():
     assert ladder.promote() is None and ladder.num_promotable == 0
 
 
-def test_uniform_pruning_goes_on_whatever_its_rank():
+def test_the_best_of_uniform_pruning_goes_on_whatever_its_rank():
     ladder = filled({"a": (0.9, 10), "b": (0.8, 5), "c": (0.85, 20)})
     uniform = {"candidate": '{"origin": "seed: uniform fgp"}'}
-    ladder.report(row("worst", 0.1, 99, **uniform))
-    ladder.report(row("on the front", 0.95, 11, **uniform))
+    ladder.report(row("behind", 0.1, 29, **uniform))
+    ladder.report(row("best", 0.2, 29, **uniform))
+    ladder.report(row("smaller", 0.1, 28, **uniform))
     assert ladder.num_promotable == 4
-    assert promoted(ladder) == [("on the front", 1), ("worst", 1), ("b", 1), ("a", 1)]
-    ladder.report(row("worst", [0.1, 0.2], 99, **uniform))
-    assert promoted(ladder) == [("worst", 2)]
+    assert promoted(ladder) == [("best", 1), ("smaller", 1), ("a", 1), ("b", 1)]
+    ladder.report(row("best", [0.2, 0.3], 29, **uniform))
+    assert promoted(ladder) == [("best", 2)]
 
 
 def test_a_front_of_more_than_the_best_third_is_promoted_whole():
