@@ -77,6 +77,25 @@ def bench_trial_command(
             print_wide(table)
 
 
+@bench.command("recalibration")
+def bench_recalibration_command(
+    config: ConfigFile,
+    candidates: Annotated[int, typer.Option(min=8, help="Random candidates.")] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of the images.")] = 5,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many images batch-norm recalibration needs to rank candidates."""
+    search = load(config, set_ or [])
+    from .bench.recalibration import bench_recalibration, recalibration_table
+    from .progress import Progress
+
+    result = checked(
+        lambda: bench_recalibration(search, Progress(err), candidates=candidates, seeds=seeds)
+    )
+    out.print_json(json.dumps(result)) if as_json else print_wide(recalibration_table(result))
+
+
 @bench.command("controls")
 def bench_controls_command(
     config: ConfigFile,
