@@ -71,6 +71,7 @@ def finetune(
     augment: bool = True,
     milestones: Sequence[float] | None = None,
     gamma: float = 0.1,
+    autocast: bool = False,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> None:
     """Trains `model` with SGD (Nesterov), in place.
@@ -91,6 +92,8 @@ def finetune(
         milestones: Fractions of the training, in (0, 1), at which the rate is multiplied by
             `gamma`; no warm-up then. None for the cosine.
         gamma: See `milestones`.
+        autocast: Whether the forward pass computes in bfloat16 where torch holds that safe; the
+            weights stay float32.
         on_epoch: Called after each epoch with its number (from 1) and its mean training loss.
 
     Raises:
@@ -99,7 +102,7 @@ def finetune(
     if epochs <= 0:
         return
     options = FinetuneOptions(
-        epochs, lr, momentum, weight_decay, distill, augment, milestones, gamma
+        epochs, lr, momentum, weight_decay, distill, augment, milestones, gamma, autocast
     )
     Finetuning(model, task, options, generator=generator, teacher=teacher).run(on_epoch=on_epoch)
 
@@ -116,6 +119,7 @@ class FinetuneOptions:
     augment: bool = True
     milestones: Sequence[float] | None = None
     gamma: float = 0.1
+    autocast: bool = False
 
 
 class Finetuning:
@@ -233,9 +237,12 @@ class Finetuning:
         group = self._optimizer.param_groups[0]
         for images, target in islice(batches, begin, end):
             group["lr"] = self._options.lr * self._rate(self.step)
-            loss = _loss(
-                self._model, self._task, images, target, self._teacher, self._options.distill
-            )
+            with torch.autocast(
+                images.device.type, dtype=torch.bfloat16, enabled=self._options.autocast
+            ):
+                loss = _loss(
+                    self._model, self._task, images, target, self._teacher, self._options.distill
+                )
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()

@@ -126,7 +126,8 @@ def bench_engine_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the overhead of a trial and its growth, two workers, and a cluster's busy share."""
-    sizes, default_sizes = _sizes("--trials", trials), _sizes("--default-trials", default_trials)
+    sizes = _numbers("--trials", trials, 10, 99_999, "100,1000,5000")
+    default_sizes = _numbers("--default-trials", default_trials, 10, 99_999, "100,1000", none=True)
     from .bench.engine import bench_engine, engine_tables
 
     with contextlib.redirect_stdout(sys.stderr):  # Ray's warnings do not belong into the JSON
@@ -144,16 +145,22 @@ def bench_engine_command(
             print_wide(table)
 
 
-def _sizes(option: str, text: str) -> list[int]:
-    words = [word for word in text.split(",") if word]
-    if all(word.strip().isdigit() for word in words):
-        sizes = [int(word) for word in words]
-        if sizes == sorted(set(sizes)) and all(10 <= size < 100_000 for size in sizes):
-            return sizes
-    raise ConfigError(
-        f"`{option}` (={text}) must be ascending numbers of trials from 10 to 99999. Write "
-        "100,1000,5000."
-    )
+@bench.command("slots")
+def bench_slots_command(
+    config: ConfigFile,
+    slots: Annotated[str, typer.Option(help="How many trials at a time.")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(min=5, help="For each of them.")] = 120.0,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure trials an hour with several trials at a time on one GPU, or on CPU cores."""
+    search = load(config, set_ or [])
+    counts = _numbers("--slots", slots, 1, 64, "1,2,4,8")
+    from .bench.slots import bench_slots, slots_table
+    from .progress import Progress
+
+    result = bench_slots(search, Progress(err), slots=counts, seconds=seconds)
+    out.print_json(json.dumps(result)) if as_json else print_wide(slots_table(result))
 
 
 @bench.command("front")
@@ -203,3 +210,18 @@ def bench_peers_command(
         search, out_dir, Progress(err), seconds=seconds, seeds=seeds, methods=chosen
     )
     out.print(text, markup=False, highlight=False)
+
+
+def _numbers(
+    option: str, text: str, low: int, high: int, example: str, *, none: bool = False
+) -> list[int]:
+    """The numbers of a comma-separated text, ascending; `none` allows an empty one."""
+    words = [word for word in text.split(",") if word]
+    if all(word.strip().isdigit() for word in words):
+        numbers = [int(word) for word in words]
+        ascending = numbers == sorted(set(numbers)) and all(low <= n <= high for n in numbers)
+        if ascending and (numbers or none):
+            return numbers
+    raise ConfigError(
+        f"`{option}` (={text}) must be ascending numbers from {low} to {high}. Write {example}."
+    )

@@ -495,6 +495,7 @@ class RecoverConfig(_Section):
     distill: float = Field(
         default=0.0, ge=0, le=1, description="the weight of the dense model's outputs"
     )
+    autocast: bool = Field(default=False, description="whether fine-tuning computes in bfloat16")
     reconstruct: ReconstructConfig = Field(default_factory=ReconstructConfig)
 
 

@@ -77,6 +77,7 @@ class Sampler:
         self._seed = config.search.seed
         self._seeds = list(seeds)
         self._asked: dict[int, Proposal] = {}
+        self._taken: set[Candidate] = set()
         self._running: dict[int, Proposal] = {}
         self._told: dict[int, Told] = {}
         self._lock = threading.Lock()
@@ -91,7 +92,7 @@ class Sampler:
         with self._lock:
             told, self._told = self._told, {}
             running = list(self._running.values())
-            taken = {proposal.candidate for proposal in self._asked.values()}
+            taken = self._taken.copy()  # hashing all of them anew would grow with the search
         self._learner.learn(list(told.values()))
         seed = self._seeds.pop(0) if self._seeds else None
         params, attrs = self._learner.propose(
@@ -117,12 +118,14 @@ class Sampler:
         """Adds a trial of an earlier session; call in the order of the trials."""
         self._seeds = [seed for seed in self._seeds if seed.params != proposal.params]
         self._asked[proposal.number] = proposal
+        self._taken.add(proposal.candidate)
         self.tell(proposal.number, result)
 
     def _start(self, number: int, origin: str, params: Params, attrs: dict[str, Any]) -> Proposal:
         proposal = Proposal(number, origin, params, self._space.candidate(params), attrs)
         with self._lock:
             self._asked[number] = self._running[number] = proposal
+            self._taken.add(proposal.candidate)
         return proposal
 
 

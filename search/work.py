@@ -131,6 +131,7 @@ def make_training(
         augment=context.config.data.augment,
         milestones=recover.milestones,
         gamma=recover.gamma,
+        autocast=recover.autocast,
     )
     teacher = context.dense if recover.distill > 0 else None
     return Finetuning(model, context.task, options, generator=generator, teacher=teacher)

@@ -50,6 +50,33 @@ def steps_of(task: ClassificationTask, model: nn.Module, **options: object) -> i
     return len(calls)
 
 
+# --- precision -------------------------------------------------------------------------------
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(task, model):
+    seen = []
+    model.layer1[0].conv1.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    plain = copy.deepcopy(model)
+    finetune(plain, task, epochs=1, lr=0.05, generator=seeded())
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    losses = []
+    finetune(
+        model,
+        task,
+        epochs=2,
+        lr=0.05,
+        generator=seeded(),
+        autocast=True,
+        on_epoch=lambda epoch, loss: losses.append(loss),
+    )
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert losses[1] < losses[0]  # it learns
+    model(task.example_input(2))
+    assert seen[-1] == torch.float32  # only training is autocast
+
+
 # --- batch norm recalibration ----------------------------------------------------------------
 
 

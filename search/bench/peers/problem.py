@@ -94,6 +94,7 @@ class PeerProblem:
             weight_decay=recover.weight_decay,
             milestones=recover.milestones,
             gamma=recover.gamma,
+            autocast=recover.autocast,
             generator=generator,
             augment=self.config.data.augment,
             teacher=self.dense if recover.distill > 0 else None,
