@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..methods.blocks import find_blocks, remove_blocks
 from ..methods.measure import count_macs, count_params
-from ..methods.surgery import Recipe, apply
+from ..methods.surgery import Recipe, prune
 from .config import SearchConfig, ignored_settings
 from .setup import Problem, pose
 from .space import Space, effective_widths
@@ -85,4 +85,4 @@ def _smallest(plan: Any, space: Space, model: Any, example: Any) -> int:
             group = plan[name]
             size, part = group.num_channels // group.parts, width // group.parts
             kept[name] = tuple(p * size + i for p in range(group.parts) for i in range(part))
-    return count_macs(apply(copy.deepcopy(model), plan, Recipe(dropped, kept)), example)
+    return count_macs(prune(model, plan, Recipe(dropped, kept)), example)

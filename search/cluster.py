@@ -178,6 +178,11 @@ class Result:
     key: str
 
 
+def share(value: Any) -> Any:
+    """A job that passes a value on, so that the other jobs share one copy of it."""
+    return value
+
+
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 

@@ -17,7 +17,6 @@ from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError
-from .digests import common_key, weights_digest
 from .setup import Problem
 from .store import atomic_write_bytes, read_json, write_json
 
@@ -153,14 +152,7 @@ def dense_key(problem: Problem) -> dict[str, Any]:
         problem: Holds the model with its initial weights.
     """
     config = problem.config
-    common = common_key(
-        "dense",
-        config,
-        weights=weights_digest(problem.model),
-        data=problem.data_digest,
-        device=problem.task.device,
-    )
-    return common | {
+    return problem.key("dense") | {
         "batches": config.data.model_dump(mode="json", include={"batch_size", "augment"}),
         "training": config.baseline.model_dump(mode="json"),
     }

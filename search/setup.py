@@ -59,6 +59,16 @@ class Problem:
         """Content address of the data."""
         return data_digest(self.task.data)
 
+    def key(self, kind: str) -> dict[str, Any]:
+        """What every result of this kind depends on that is made of the model as it is now."""
+        return common_key(
+            kind,
+            self.config,
+            weights=weights_digest(self.model),
+            data=self.data_digest,
+            device=self.task.device,
+        )
+
 
 def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
     """Loads data and model and finds what can be removed.
@@ -218,14 +228,7 @@ def _rank(problem: Problem, say: Say) -> Made:
 
 def _ranking_key(problem: Problem) -> dict[str, Any]:
     config = problem.config
-    common = common_key(
-        "ranking",
-        config,
-        weights=weights_digest(problem.model),
-        data=problem.data_digest,
-        device=problem.task.device,
-    )
-    return common | {
+    return problem.key("ranking") | {
         "blocks": problem.blocks,
         "max_drop": max_blocks(config.space.blocks, len(problem.blocks)),
         "settings": config.space.blocks.model_dump(mode="json", exclude={"mode", "max_drop"}),

@@ -20,7 +20,7 @@ from ...methods.data import ImageData, Split
 from ...methods.layer_attribution import score_layers
 from ...methods.layer_bypass import bypass, bypassable_layers, zero
 from ...methods.measure import count_macs
-from ...methods.surgery import apply, layer_widths
+from ...methods.surgery import layer_widths, prune
 from ..config import SearchConfig
 from ..context import TrialContext, TrialSpec
 from ..dense import prepare_dense
@@ -48,11 +48,6 @@ class Dense:
 
     state: Mapping[str, np.ndarray[Any, Any]]
     result: TrialResult
-
-
-def share(value: Any) -> Any:
-    """A job that passes a value on, so that the other jobs share one copy of it."""
-    return value
 
 
 def train_dense(config: SearchConfig, row: Row, seed: int, images: Mapping[str, Any]) -> Dense:
@@ -146,7 +141,7 @@ def _at_macs_of(
     other = dataclasses.replace(candidate, criterion=criterion)
     recipe, _ = make_recipe(other, context, seed)
     image = context.task.example_input()
-    pruned = apply(copy.deepcopy(context.dense), context.plan, recipe)
+    pruned = prune(context.dense, context.plan, recipe)
     fraction = count_macs(pruned, image) / count_macs(context.dense, image)
     return dataclasses.replace(candidate, select="macs", k=fraction)
 

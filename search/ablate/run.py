@@ -22,7 +22,7 @@ from ..runs import ENVIRONMENT, LOCAL, absolute, check_writable, locked
 from ..setup import Problem, pack_images, pose
 from ..store import Store, atomic_write_bytes, read_json, to_table, write_json
 from . import blocks, blockwipg, dsd, fgp
-from .jobs import Dense, run_row, share, train_dense
+from .jobs import Dense, run_row, train_dense
 from .pictures import draw
 from .report import markdown
 from .study import Facts, Row, Study, merged
@@ -235,7 +235,7 @@ def _jobs(
     keeper: Any,
 ) -> dict[str, Any]:
     """The missing jobs, behind the data and the dense models that they need."""
-    from ..cluster import Result
+    from ..cluster import Result, share
 
     dense = {row.num_classes: row for row in rows if row.work == "dense"}
     jobs: dict[str, Any] = {IMAGES: (share, (pack_images(problem.task.data),))}

@@ -97,7 +97,7 @@ def enumerate_space(
     Raises:
         ConfigError: If the space is continuous or too large.
     """
-    from ..cluster import Result, connect, fan_out
+    from ..cluster import Result, connect, fan_out, share
 
     unknown = ", ".join(sorted(set(config.objectives) - set(SCHEMA.names)))
     if unknown:
@@ -132,7 +132,7 @@ def enumerate_space(
     state = {k: v.detach().cpu().numpy() for k, v in problem.model.state_dict().items()}
     chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
     shared = {"images": pack_images(problem.task.data), "state": state}
-    jobs: dict[str, Any] = {"shared": (_share, (shared,))}
+    jobs: dict[str, Any] = {"shared": (share, (shared,))}
     for index, chunk in enumerate(chunks):
         texts = [candidate.to_json() for candidate in chunk]
         jobs[f"{index:05d}"] = (_measure, (config, Result("shared"), texts))
@@ -184,10 +184,6 @@ def _stored_config(facts: Mapping[str, Any]) -> dict[str, Any]:
     """`_config` of a table that may be older than some keys; they have their defaults."""
     settings = {key: value for key, value in facts.items() if key != "seed"}
     return _config(parse_config(settings | {"search": {"seed": facts["seed"]}}))
-
-
-def _share(value: Any) -> Any:
-    return value
 
 
 def _write(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
