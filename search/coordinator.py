@@ -76,6 +76,7 @@ class Coordinator:
         missing = [n for n in range(config.search.trials) if trial_id(n) not in self.results]
         self._asking = AskAhead(sampler, config, missing)
         self._deadline = _deadline(config)
+        self._stop_reason: str | None = None
         self._clean_up()
 
     @property
@@ -110,9 +111,15 @@ class Coordinator:
         """Why nothing more starts although trials remain; None while it does."""
         if not (self.remaining or self.num_promotable):
             return None
+        if self._stop_reason is not None:
+            return self._stop_reason
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time is over (search.time_limit_s)"
         return self._plateau.reached
+
+    def stop(self, reason: str) -> None:
+        """Starts nothing more; what runs goes on to its next rung."""
+        self._stop_reason = reason
 
     def expect(self, slots: int) -> None:
         """Says how many trials will run at a time, so that as many proposals lie ready."""

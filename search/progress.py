@@ -60,6 +60,7 @@ class Progress:
 
     def running(self, count: int) -> None:
         """Reports how many trials run now; called often."""
+        self._tell_stop()
         if count != self._running:
             self._running = count
             self._refresh_soon()

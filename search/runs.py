@@ -22,6 +22,7 @@ from .config import (
 )
 from .early_stop import ladder_of
 from .front import choose, front_hypervolume, front_of
+from .interrupt import stopping_gently
 from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
@@ -319,7 +320,11 @@ def _execute(
             seeds = default_seeds(space, config, table, costs)
         hints = hints_of(costs, table)
         coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds, hints)
-        with clock("trials_s"), progress.live(coordinator):
+        with (
+            clock("trials_s"),
+            stopping_gently(coordinator.stop),
+            progress.live(coordinator),
+        ):
             try:
                 fleet.run(coordinator, progress.running)
             finally:

@@ -188,15 +188,21 @@ def test_kill_and_resume_runs_nothing_twice(finished: tuple[Run, str], tmp_path:
     assert _essence(Run(out)) == _essence(undisturbed)
 
 
-def test_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_interrupt_leaves_a_resumable_folder(tmp_path: Path, number: int, times: int) -> None:
+    """Once: what runs ends first. Twice: at once."""
     out = tmp_path / "out"
     process = _start(write_config(tmp_path), out, trials=1)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.2)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"prune-search resume {out}" in err
     assert "Traceback" not in err
-    assert len(Run(out).results()) >= 1
+    assert 1 <= len(Run(out).results()) < 6
+    assert times == 2 or "no more trials start: interrupted" in err
+    assert Run(out).front_results() or times == 2  # the ledger was closed
 
 
 def test_failures_are_rows_and_the_run_fails(tmp_path: Path) -> None:
