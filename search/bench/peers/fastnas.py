@@ -9,7 +9,9 @@ import modelopt.torch.prune as mtp
 import torch
 from torch import Tensor
 
+from ....methods.layout import prefer_channels_last
 from .ladder import ladder
+from .latencies import contiguous
 from .log import Log
 from .problem import PeerProblem
 
@@ -31,6 +33,7 @@ def run(problem: PeerProblem, log: Log, *, limit: int | None = None) -> None:
     torch.set_num_threads(problem.threads * problem.workers)
     torch.manual_seed(problem.config.search.seed)
     task = problem.task
+    dense = contiguous(problem.dense)  # it refuses the other layout
     widths = mtp.fastnas.FastNASConfig()
     widths["nn.Conv2d"]["*"]["channel_divisor"] = DIVISOR
     widths["nn.BatchNorm2d"]["*"]["feature_divisor"] = DIVISOR
@@ -45,12 +48,13 @@ def run(problem: PeerProblem, log: Log, *, limit: int | None = None) -> None:
         label = f"{number:04d}-{share:.4f}"
         try:
             model, _ = mtp.prune(
-                copy.deepcopy(problem.dense),
+                copy.deepcopy(dense),
                 mode=[("fastnas", widths)],
                 constraints={"flops": f"{100 * share:.2f}%"},
                 dummy_input=task.example_input(),
                 config=settings,
             )
+            prefer_channels_last(model, task.example_input(2))  # as everybody's recovery
             accuracy = problem.recover(model, number)
         except (ValueError, RuntimeError, FloatingPointError) as error:
             log.failed(label, error)

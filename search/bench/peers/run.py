@@ -17,7 +17,7 @@ from ...environment import environment
 from ...progress import Progress
 from ...runs import absolute
 from ...store import read_json, write_json
-from .log import count_failures, read_log
+from .log import LINES, count_failures, read_log
 from .problem import PeerProblem, pose_problem
 from .registry import METHODS, check_methods, command
 
@@ -157,6 +157,8 @@ def _run_method(name: str, problem: PeerProblem, folder: Path, seconds: float) -
         "workers": problem.workers,
         "seconds": time.time() - started,
     }
+    if summary["failures"] and not summary["candidates"]:
+        raise RuntimeError(f"{name} failed at every candidate; {folder / LINES} says why.")
     write_json(folder / DONE, summary)
     return summary
 
