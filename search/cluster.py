@@ -30,7 +30,7 @@ PROBE = "latency_probe"  # the custom resource of the node whose device is measu
 
 
 def check_local(config: SearchConfig) -> None:
-    """Refuses resources that this machine does not have, before a local Ray starts.
+    """Refuses resources that this machine does not have.
 
     Raises:
         ConfigError: If a trial or the probe can never run here.
@@ -121,12 +121,13 @@ def connecting(address: str | None) -> Iterator[Callable[[], None]]:
             raise failures[0]
 
     with _ended_by_sigterm():
-        thread.start()
         try:
+            thread.start()
             yield wait
         finally:
             over.set()
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from .surrogate.features import Hints
 from .trial import with_provenance
 
 COMPACT_EVERY = 256
+HOPELESS = 8  # trials that fail before any succeeds: the cause is not the candidate
 POLL_S = 0.05  # the driver waits for the sampler no longer while trials run
 
 Listener = Callable[[TrialResult], None]
@@ -77,6 +78,7 @@ class Coordinator:
         self._asking = AskAhead(sampler, config, missing)
         self._deadline = _deadline(config)
         self._stop_reason: str | None = None
+        self._failures, self._last_failure = 0, ""  # of this session: a resume tries again
         self._clean_up()
 
     @property
@@ -113,6 +115,9 @@ class Coordinator:
             return None
         if self._stop_reason is not None:
             return self._stop_reason
+        in_vain = self.counts[TrialStatus.FAILED] + self.counts[TrialStatus.DUPLICATE]
+        if self._failures >= HOPELESS and in_vain == len(self.results):
+            return f"all trials fail, the last one with: {self._last_failure}"
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time is over (search.time_limit_s)"
         return self._plateau.reached
@@ -158,6 +163,8 @@ class Coordinator:
     def finish(self, result: TrialResult) -> None:
         """Records how far a trial came, and its duplicates with it."""
         proposal = self._running.pop(result.trial_id)
+        if result.status is TrialStatus.FAILED:
+            self._failures, self._last_failure = self._failures + 1, result.message
         self._ladder.report(result)
         self._record(proposal, result)
         for duplicate in self._duplicates.get(result.trial_id, []):

@@ -131,6 +131,12 @@ def code_digest(*, search: bool = False) -> str:
     return found + _source_digest((str(Path(__file__).parent),), "*.py") if search else found
 
 
+def package_digest() -> str:
+    """Content address of all code."""
+    own = _source_digest((str(Path(__file__).parent),), "**/*.py")
+    return code_digest() + own
+
+
 @functools.cache
 def _source_digest(folders: tuple[str, ...], pattern: str) -> str:
     digest = hashlib.sha256()

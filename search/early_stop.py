@@ -69,7 +69,7 @@ class Ladder:
             if costs is not None:  # else it can never be on the front
                 waits = result.status is TrialStatus.EARLY_STOPPED and rung == result.fidelity
                 self._rungs[rung].add(result.trial_id, costs, promoted=not waits)
-                if waits and is_uniform(result):
+                if is_uniform(result):
                     self._rungs[rung].controls.add(result.trial_id)
 
     def promote(self) -> tuple[str, int] | None:

@@ -76,7 +76,7 @@ class Fleet:
             coordinator: Proposes and records.
             tick: Called often with the number of running trials.
         """
-        from ray import tune  # seconds to import: the probe starts meanwhile
+        from ray import tune  # seconds to import: the actors start before
 
         from .driver import run_trials
         from .worker import Worker

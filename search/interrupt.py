@@ -5,27 +5,29 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stopping_gently(stop: Callable[[str], None]) -> Iterator[None]:
+def stopping_gently(stop: Callable[[str], None]) -> Iterator[Sequence[int]]:
     """Calls `stop` with the reason at the first signal; the second unwinds the stack.
 
     Outside the main thread, where Python has no signals, it does nothing.
 
+    Yields:
+        The signals that have come so far.
+
     Raises:
-        KeyboardInterrupt: When the block has ended after one signal: what was asked for is not
-            all done. Also at a second Ctrl-C, in the block.
+        KeyboardInterrupt: At a second signal that is Ctrl-C, in the block.
         SystemExit: At a second signal that is SIGTERM.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
 
     def handle(number: int, frame: object) -> None:
         seen.append(number)
@@ -38,9 +40,7 @@ def stopping_gently(stop: Callable[[str], None]) -> Iterator[None]:
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if seen:
-        raise KeyboardInterrupt

@@ -177,7 +177,7 @@ def _draw(
         ),
         (
             "control: uniform pruning",
-            [r for r in completed if is_uniform(r) and not _is_random(r)],
+            [r for r in completed if is_uniform(r)],
             {"marker": "s", "s": 34, "color": GREEN, "edgecolors": "white", "zorder": 5},
         ),
     ]

@@ -137,8 +137,10 @@ class TrialResult:
 
 
 def is_uniform(result: TrialResult) -> bool:
-    """Whether the trial is the control that is called uniform pruning."""
-    return str(json.loads(result.candidate).get("origin", "")).startswith("seed: uniform")
+    """Whether the trial is the control that is called uniform pruning (by a real criterion)."""
+    return result.criterion != "random" and str(
+        json.loads(result.candidate).get("origin", "")
+    ).startswith("seed: uniform")
 
 
 def violations(constraints: Iterable[Constraint], result: TrialResult) -> dict[str, float]:

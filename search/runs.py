@@ -167,7 +167,9 @@ def run(
         progress: Where to report; None is silent.
 
     Raises:
-        ConfigError: If the input is wrong. Nothing was started then.
+        ConfigError: If the input is wrong. Nothing was trained or written then.
+        KeyboardInterrupt: At Ctrl-C or SIGTERM: the first lets running trials end, the second
+            does not. `resume` goes on.
     """
     if isinstance(config, str | Path):
         config = load_config(config)
@@ -289,6 +291,8 @@ def _execute(
             problem = pose(config)
             if address in LOCAL:
                 check_local(config)
+        if address not in LOCAL:
+            wait_for_ray()  # before anything is written
         run_folder.enter_context(locked(folder))
         run_folder.callback(lambda: _add_times(folder, clock.seconds))
         for line in ignored_settings(config) if new else ():
@@ -322,13 +326,15 @@ def _execute(
         coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds, hints)
         with (
             clock("trials_s"),
-            stopping_gently(coordinator.stop),
+            stopping_gently(coordinator.stop) as signals,
             progress.live(coordinator),
         ):
             try:
                 fleet.run(coordinator, progress.running)
             finally:
                 coordinator.close()
+        if signals and coordinator.stopped is not None:
+            raise KeyboardInterrupt  # something is left to do
     return Run(folder)
 
 

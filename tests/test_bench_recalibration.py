@@ -7,30 +7,31 @@ from pathlib import Path
 import pytest
 from helpers import write_config
 
-from prunesearch.search.bench.recalibration import (
-    SIZES,
-    bench_recalibration,
-    recalibration_table,
-)
+from prunesearch.search.bench.recalibration import bench_recalibration, recalibration_table
 from prunesearch.search.config import ConfigError, load_config
 from prunesearch.search.progress import Progress
 
 
 def test_more_images_come_nearer_to_all_of_them(tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path), ["baseline.epochs=2"])
-    result = bench_recalibration(config, Progress.silent(), candidates=8, seeds=2)
-    rows = result["rows"]
-    assert [row["images"] for row in rows] == list(SIZES)
-    few, many = rows[0], rows[-1]
-    assert result["images"]["train"] > few["images"]
-    assert max(many["difference"]) < min(few["difference"])
-    assert min(many["against_all"]) > 0.9 and len(many["against_final"]) == 2
-    assert few["seconds"] < many["seconds"]
-    table = recalibration_table(result)
-    assert table.row_count == len(SIZES)
+    overrides = ["baseline.epochs=4", "data.limit=1000"]
+    config = load_config(write_config(tmp_path), overrides)
+    result = bench_recalibration(config, Progress.silent(), candidates=8, seeds=3)
+    few, *_, many = result["rows"]
+    assert (few["images"], many["images"]) == (128, 512) and result["images"]["train"] > 512
+    assert sum(many["difference"]) < sum(few["difference"])
+    assert all(len(many[name]) == 3 for name in ("against_all", "against_final", "difference"))
+    assert recalibration_table(result).row_count == len(result["rows"]) == 3
 
 
-def test_it_needs_a_fine_tuning_to_compare_with(tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path), ["recover.epochs=0"])
-    with pytest.raises(ConfigError, match=r"recover\.epochs"):
+@pytest.mark.parametrize("override", ["recover.epochs=0", "recover.recalibrate_bn=false"])
+def test_it_needs_something_to_compare(tmp_path: Path, override: str) -> None:
+    config = load_config(write_config(tmp_path), [override])
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
         bench_recalibration(config, Progress.silent())
+
+
+def test_a_small_space_gives_fewer_candidates(tmp_path: Path) -> None:
+    overrides = ["baseline.epochs=1", "space.criteria=[]", "space.blocks.mode=ranked"]
+    config = load_config(write_config(tmp_path), overrides)
+    result = bench_recalibration(config, Progress.silent(), candidates=40, seeds=1)
+    assert result["candidates"] == 7  # none to all of six blocks

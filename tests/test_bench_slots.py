@@ -19,7 +19,7 @@ def test_it_counts_the_trials_of_each_number_of_slots(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["trials"] >= 2 and row["per_hour"] > 0 and 0 < row["busy"] <= 1
     table = slots_table(result)
-    assert list(table.columns[3].cells)[0] == "1.00" and table.row_count == 2
+    assert list(table.columns[4].cells)[0] == "1.00" and table.row_count == 2
 
 
 def test_too_many_slots_are_refused_before_anything_starts(tmp_path: Path) -> None:

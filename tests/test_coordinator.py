@@ -21,7 +21,7 @@ from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.asking import AskAhead
 from prunesearch.search.config import SearchConfig, dump_config, parse_config
 from prunesearch.search.context import TrialSpec
-from prunesearch.search.coordinator import Coordinator, trial_id
+from prunesearch.search.coordinator import HOPELESS, Coordinator, trial_id
 from prunesearch.search.dense import Baseline
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.runs import Run
@@ -178,6 +178,34 @@ def test_the_time_limit_ends_the_proposals_but_not_the_running_trials(bench):
     coordinator.finish(ended(spec))
     coordinator.close()
     assert [row.trial_id for row in Store(bench.folder).read()] == [spec.trial_id]
+
+
+def test_what_is_asked_to_stop_starts_nothing_more(bench):
+    coordinator = bench.open(config(50, seeds=False))
+    spec = ask(coordinator)
+    coordinator.stop("interrupted")
+    assert coordinator.done and coordinator.stopped == "interrupted"
+    assert coordinator.next() is None
+    coordinator.finish(ended(spec))
+    coordinator.close()
+    assert [row.trial_id for row in Store(bench.folder).read()] == [spec.trial_id]
+
+
+def test_a_search_in_which_all_fails_stops_early_and_says_why(bench):
+    coordinator = bench.open(config(50, seeds=False))
+    for _ in range(HOPELESS):
+        assert coordinator.stopped is None
+        coordinator.fail(ask(coordinator).trial_id, "no space left on device")
+    assert coordinator.done and coordinator.next() is None
+    assert "no space left on device" in coordinator.stopped
+    coordinator.close()
+    again = bench.open(config(50, seeds=False))  # the cause may be mended
+    assert again.stopped is None
+    again.finish(ended(ask(again)))
+    for _ in range(HOPELESS):
+        again.fail(ask(again).trial_id, "a bad candidate")
+    assert again.stopped is None  # one has succeeded
+    again.close()
 
 
 # --- the ladder ------------------------------------------------------------------------------

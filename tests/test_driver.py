@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import pytest
+import ray
 
 from prunesearch.search import ConfigError, parse_config
-from prunesearch.search.cluster import check_local, connect
+from prunesearch.search.cluster import check_local, connect, connecting
 from prunesearch.search.config import SearchConfig
 from prunesearch.search.watchdog import watchdog
 
@@ -72,3 +73,19 @@ def test_a_ray_that_starts_too_slowly_is_started_once_more(
     ):
         pass
     assert len(calls) == 2
+
+
+def test_ray_that_does_not_answer_in_the_background_is_told_where_it_is_waited_for() -> None:
+    with connecting("ray://nowhere:10001") as wait, pytest.raises(ConfigError, match="--address"):
+        wait()
+    with connecting("ray://nowhere:10001"):
+        pass  # nobody waits: nobody is told
+
+
+def test_ray_ends_with_the_block_that_it_was_started_for() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with connecting(None) as wait:
+        wait()
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) == before

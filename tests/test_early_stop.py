@@ -171,21 +171,26 @@ def test_the_ladder_of_a_ledger_goes_on_as_the_live_one(seed):
     config = parse_config({"model": {"name": "resnet20"}, "data": {"name": "digits"},
                            "objectives": TWO})  # fmt: skip
     live = ladder_of(config)
+    origins = ['{"origin": "surrogate"}', '{"origin": "seed: uniform fgp"}']
     for number in range(30):
         climber = live.promote() if draw.random() < 0.7 else None
         name, rung = climber or (f"t{number:02d}", 0)
-        one = rows.get(name) or row(name, [], draw.randrange(9), fidelity=0)
+        one = rows.get(name) or row(
+            name, [], draw.randrange(9), fidelity=0, candidate=draw.choice(origins)
+        )
         if climber is None and draw.random() < 0.2:
             status = draw.choice([TrialStatus.FAILED, TrialStatus.INFEASIBLE])
             known = [0.5] if status == TrialStatus.INFEASIBLE else []
-            rows[name] = row(name, known, one.macs, status=status, fidelity=0)
+            rows[name] = row(
+                name, known, one.macs, status=status, fidelity=0, candidate=one.candidate
+            )
         elif rung > 0 and draw.random() < 0.2:
             rows[name] = row(name, one.accuracy_by_fidelity, one.macs,
-                             status=TrialStatus.FAILED)  # fmt: skip
+                             status=TrialStatus.FAILED, candidate=one.candidate)  # fmt: skip
         else:
             known = [*one.accuracy_by_fidelity, draw.randrange(9) / 10]
             status = TrialStatus.COMPLETED if rung == 2 else STOPPED
-            rows[name] = row(name, known, one.macs, status=status)
+            rows[name] = row(name, known, one.macs, status=status, candidate=one.candidate)
             live.report(rows[name])
         shuffled = draw.sample(list(rows.values()), len(rows))
         twin = ladder_of(config, [*shuffled, _duplicate(shuffled[0])])

@@ -32,6 +32,7 @@ from ..trial import recover_and_measure
 from .common import torch_threads
 
 SIZES = (128, 256, 512, 1024, 2048)
+DRAWS = 100  # for each candidate that is asked for
 
 
 def bench_recalibration(
@@ -53,13 +54,9 @@ def bench_recalibration(
         seed, and seconds a candidate.
 
     Raises:
-        ConfigError: If the config's recovery has no fine-tuning to compare with.
+        ConfigError: If the config's recovery has nothing to compare.
     """
-    if config.recover.epochs == 0:
-        raise ConfigError(
-            "`recover.epochs` (=0) must be above 0: the order of the candidates is compared with "
-            "that after fine-tuning. Set it."
-        )
+    _check(config)
     with tempfile.TemporaryDirectory() as folder, torch_threads(1):
         problem = pose(config)
         accuracy = prepare_dense(problem, Path(folder), progress.say).accuracy
@@ -68,16 +65,22 @@ def bench_recalibration(
         models, final = [], []
         for number, candidate in enumerate(_draw(space, candidates)):
             recipe, _ = make_recipe(candidate, context, number)
-            models.append(prune(problem.model, problem.plan, recipe))
-            final.append(_recovered(models[-1], context, number))
+            model = prune(problem.model, problem.plan, recipe)
+            try:
+                final.append(_recovered(model, context, number))
+            except FloatingPointError as error:
+                progress.say(f"candidate {number} is left out: {error}")
+                continue
+            models.append(model)
         everything = [_accuracy(model, context, problem.task.num_train, 0) for model in models]
-        rows = [_row(size, models, context, everything, final, seeds) for size in SIZES]
+        sizes = [size for size in SIZES if size < problem.task.num_train]
+        rows = [_row(size, models, context, everything, final, seeds) for size in sizes]
     return {
         "model": config.model.name,
         "data": config.data.name,
         "images": {"train": problem.task.num_train, "val": len(problem.task.data.val)},
         "epochs": config.recover.epochs,
-        "candidates": candidates,
+        "candidates": len(models),
         "seeds": seeds,
         "all_against_final": _rank(everything, final),
         "rows": rows,
@@ -109,12 +112,36 @@ def recalibration_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def _check(config: SearchConfig) -> None:
+    recover = config.recover
+    for key, value, bad, rule in (
+        ("recover.epochs", recover.epochs, recover.epochs == 0, "be above 0"),
+        ("recover.recalibrate_bn", False, not recover.recalibrate_bn, "be true"),
+        (
+            "recover.reconstruct.steps",
+            recover.reconstruct.steps,
+            recover.reconstruct.steps,
+            "be 0",
+        ),
+        (
+            "space.criteria",
+            "dsd",
+            "dsd" in config.space.criterion_names,
+            "name no sparse training",
+        ),
+    ):
+        if bad:
+            raise ConfigError(
+                f"`{key}` (={value}) must {rule}: candidates are pruned once, recalibrated on few "
+                "images and on many, and compared with their fine-tuned selves. Change it."
+            )
+
+
 def _draw(space: Space, count: int) -> list[Candidate]:
+    """Random candidates, each once; fewer where the space has no more."""
     variation = Variation(space, np.random.default_rng(0))
-    found: dict[Candidate, None] = {}
-    while len(found) < count:
-        found[space.candidate(variation.random())] = None
-    return list(found)
+    drawn = (space.candidate(variation.random()) for _ in range(DRAWS * count))
+    return list(dict.fromkeys(drawn))[:count]
 
 
 def _recovered(model: nn.Module, context: TrialContext, seed: int) -> float:

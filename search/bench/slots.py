@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import subprocess
@@ -32,8 +31,8 @@ def bench_slots(
 ) -> dict[str, Any]:
     """Runs random trials to the end for a while, with each number of slots in turn.
 
-    On a GPU (`resources.gpu` above 0) a trial gets 1 / slots of one card; on CPUs
-    `resources.cpu` cores.
+    On a GPU (`resources.gpu` above 0) a trial gets 1 / slots of one card, and latency is measured
+    on a CPU, so that the card is the trials' alone; on CPUs a trial gets `resources.cpu` cores.
 
     Args:
         config: Model, data, space and recovery.
@@ -45,7 +44,7 @@ def bench_slots(
         A row for each number of slots, and the hardware.
 
     Raises:
-        ConfigError: If so many do not fit.
+        ConfigError: If so many CPU cores are not there. What fails on a card is in its row.
     """
     gpu = config.resources.gpu > 0
     variants = {count: _variant(config, count, seconds) for count in slots}
@@ -76,15 +75,20 @@ def slots_table(result: Mapping[str, Any]) -> Table:
         caption=f"{result['seconds']:g} s each; busy: the device's own word, median over the "
         "trials' time.",
     )
-    for column in ("trials at a time", "trials", "trials an hour", "times the first", "busy"):
+    for column in (
+        "trials at a time", "trials", "failed", "trials an hour", "times the first", "busy",
+    ):  # fmt: skip
         table.add_column(column)
+    first = result["rows"][0]["per_hour"]
     for row in result["rows"]:
+        rate, busy = row["per_hour"], row["busy"]
         table.add_row(
             str(row["slots"]),
             str(row["trials"]),
-            f"{row['per_hour']:.0f}",
-            f"{row['per_hour'] / result['rows'][0]['per_hour']:.2f}",
-            "unknown" if math.isnan(row["busy"]) else f"{row['busy']:.0%}",
+            str(row["failed"]),
+            "too few" if rate is None else f"{rate:.0f}",
+            "" if rate is None or first is None else f"{rate / first:.2f}",
+            "unknown" if busy is None else f"{busy:.0%}",
         )
     return table
 
@@ -96,6 +100,7 @@ def _variant(config: SearchConfig, count: int, seconds: float) -> SearchConfig:
     cores = len(os.sched_getaffinity(0))
     if config.resources.gpu > 0:
         resources |= {"gpu": 1 / count, "cpu": min(config.resources.cpu, cores / count)}
+        data["latency"]["device"] = "cpu"
     elif count * config.resources.cpu > cores:
         raise ConfigError(
             f"`--slots` (={count}) must fit: {count} trials of {config.resources.cpu:g} cores are "
@@ -108,6 +113,7 @@ def _variant(config: SearchConfig, count: int, seconds: float) -> SearchConfig:
         "early_stop": False,
         "trials": 99_999,
         "time_limit_s": seconds,
+        "plateau_trials": None,
     }
     changed = {"resources": resources, "search": search, "cache": {"reuse": "dense"}}
     return SearchConfig.model_validate(data | changed)
@@ -117,20 +123,15 @@ def _row(count: int, results: Sequence[TrialResult], watch: _Watch) -> dict[str,
     """Counts the trials that ended after each worker's first one, until the time was over."""
     ended = [r for r in results if r.status in (TrialStatus.COMPLETED, TrialStatus.INFEASIBLE)]
     ends = sorted(r.finished_at for r in ended if r.finished_at is not None)
-    if len(ends) <= count + 1:
-        raise ConfigError(
-            f"`--seconds` must be longer: only {len(ends)} trials ended with {count} at a time."
-        )
-    over = max(r.started_at for r in ended if r.started_at is not None)  # none starts later
-    first = ends[count - 1]
+    over = max((r.started_at or 0.0 for r in ended), default=0.0)  # none starts later
     counted = [end for end in ends[count:] if end <= over]
-    hours = (max(counted) - first) / 3600 if counted else float("nan")
-    return {
-        "slots": count,
-        "trials": len(counted),
-        "per_hour": len(counted) / hours,
-        "busy": watch.busy(first, over),
-    }
+    row: dict[str, Any] = {"slots": count, "trials": len(counted), "per_hour": None, "busy": None}
+    row["failed"] = sum(r.status is TrialStatus.FAILED for r in results)
+    if counted:
+        first = ends[count - 1]
+        row["per_hour"] = len(counted) / (max(counted) - first) * 3600
+        row["busy"] = watch.busy(first, over)
+    return row
 
 
 class _Watch:
@@ -150,10 +151,10 @@ class _Watch:
         self._over.set()
         self._thread.join()
 
-    def busy(self, begin: float, end: float) -> float:
-        """Median share between two moments (of `time.time`)."""
+    def busy(self, begin: float, end: float) -> float | None:
+        """Median share between two moments (of `time.time`); None where nothing is known."""
         seen = [share for moment, share in self._seen if begin <= moment <= end]
-        return statistics.median(seen) if seen else float("nan")
+        return statistics.median(seen) if seen else None
 
     def _look(self) -> None:
         before = _cpu_ticks()

@@ -18,7 +18,7 @@ from ...plot import BLUE, GREEN, INK, ORANGE, VERMILLION, new_figure, save_figur
 from ...store import atomic_write_bytes, read_json
 from .curves import COSTS, FRACTIONS, Point, curve, num_ahead, spread
 from .latencies import measure_all, short_key
-from .log import Entry, read_log
+from .log import Entry, count_failures, read_log
 from .problem import PeerProblem
 from .registry import METHODS, OURS
 
@@ -45,6 +45,7 @@ def write_report(
     curves: Curves = {cost: {name: [] for name in methods} for cost in COSTS}
     rows: list[dict[str, Any]] = []
     dense: list[str] = []
+    failures = dict.fromkeys(methods, 0)
     for seed in range(config.search.seed, config.search.seed + seeds):
         folder = out / f"seed{seed}"
         problem = PeerProblem(folder / "problem")
@@ -56,11 +57,21 @@ def write_report(
             for cost in COSTS:
                 curves[cost][name].append(curve(points, cost, seconds, baseline["accuracy"]))
             rows += _rows(seed, name, log, points, known)
+            failures[name] += count_failures(folder / name)
             _keep_fronts(folder / name, log, points)
         dense.append(f"{baseline['accuracy']:.4f}")
     _write_parquet(rows, Path(f"{out}.parquet"))
     _draw(curves, seconds, Path(f"{out}.png"), config.name)
-    text = _markdown(out, config, curves, rows, seconds=seconds, methods=methods, dense=dense)
+    text = _markdown(
+        out,
+        config,
+        curves,
+        rows,
+        failures,
+        seconds=seconds,
+        methods=methods,
+        dense=dense,
+    )
     atomic_write_bytes(f"{out}.md", text.encode())
     return text
 
@@ -123,6 +134,7 @@ def _markdown(
     config: SearchConfig,
     curves: Curves,
     rows: Sequence[Mapping[str, Any]],
+    failures: Mapping[str, int],
     *,
     seconds: float,
     methods: Sequence[str],
@@ -146,13 +158,18 @@ def _markdown(
         "",
     ]
     for cost in COSTS:
-        lines += [f"## Hypervolume of {NAMES[cost]}", "", *_table(curves[cost], rows), ""]
+        table = _table(curves[cost], rows, failures)
+        lines += [f"## Hypervolume of {NAMES[cost]}", "", *table, ""]
     if OURS in methods and len(methods) > 1:
         lines += ["## Time points at which this search is ahead", "", *_ahead(curves), ""]
     return "\n".join(lines)
 
 
-def _table(by_method: Mapping[str, list[list[float]]], rows: Sequence[Any]) -> list[str]:
+def _table(
+    by_method: Mapping[str, list[list[float]]],
+    rows: Sequence[Any],
+    failures: Mapping[str, int],
+) -> list[str]:
     """Median and range over the seeds at some points of time."""
     heads = [f"{fraction:.0%} of the time" for fraction in SHOWN]
     lines = [_row(["method", "candidates a seed", *heads]), _row(["---"] * (len(SHOWN) + 2))]
@@ -161,7 +178,8 @@ def _table(by_method: Mapping[str, list[list[float]]], rows: Sequence[Any]) -> l
         low, median, high = spread(curves)
         at = [_nearest(fraction) for fraction in SHOWN]
         cells = [f"{median[i]:.4f} ({low[i]:.4f} to {high[i]:.4f})" for i in at]
-        lines.append(_row([METHODS[name].label, f"{count:.0f}", *cells]))
+        failed = f" ({failures[name] / len(curves):.0f} failed)" if failures[name] else ""
+        lines.append(_row([METHODS[name].label, f"{count:.0f}{failed}", *cells]))
     return lines
 
 
