@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 
 from .trace import evaluating
 
@@ -152,13 +153,7 @@ class Finetuning:
         counts = [_num_batches(size, task.batch_size) for size in self._sizes]
         self._starts = list(accumulate(counts, initial=0))  # steps before each epoch, and in all
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.SGD(
-            self._parameters.values(),
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.momentum > 0,
-        )
+        self._momentum: dict[str, Tensor] = {}  # by parameter
         self._losses: list[Tensor] = []  # of this epoch so far
         self._drawn = generator.get_state()  # as this epoch began
         self._dropout = _global_states(task.device)
@@ -200,9 +195,8 @@ class Finetuning:
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on, beside the model's own weights; on the CPU."""
         momentum = {
-            f"momentum.{name}": self._optimizer.state[p]["momentum_buffer"].cpu().contiguous()
-            for name, p in self._parameters.items()
-            if self._optimizer.state[p].get("momentum_buffer") is not None
+            f"momentum.{name}": buffer.cpu().contiguous()
+            for name, buffer in self._momentum.items()
         }
         dropout = {f"dropout.{n}": state.clone() for n, state in enumerate(self._dropout)}
         return {
@@ -225,7 +219,7 @@ class Finetuning:
         self._dropout = [state[f"dropout.{n}"].clone() for n in range(len(self._dropout))]
         for name, p in self._parameters.items():
             if (buffer := state.get(f"momentum.{name}")) is not None:
-                self._optimizer.state[p]["momentum_buffer"] = buffer.to(p.device, copy=True)
+                self._momentum[name] = buffer.to(p.device, copy=True)
 
     def _train(self, epoch: int, begin: int, end: int) -> None:
         """Trains on the batches from `begin` to before `end`; the others are drawn as before."""
@@ -234,20 +228,41 @@ class Finetuning:
             max_images=self._sizes[epoch - 1],
             augment=self._options.augment,
         )
-        group = self._optimizer.param_groups[0]
         for images, target in islice(batches, begin, end):
-            group["lr"] = self._options.lr * self._rate(self.step)
             with torch.autocast(
                 images.device.type, dtype=torch.bfloat16, enabled=self._options.autocast
             ):
                 loss = _loss(
                     self._model, self._task, images, target, self._teacher, self._options.distill
                 )
-            self._optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters.values():
+                parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
+            self._descend(self._options.lr * self._rate(self.step))
             self._losses.append(loss.detach())
             self.step += 1
+
+    def _descend(self, lr: float) -> None:
+        """One step of torch's SGD, by its function: the class would import torch's compiler.
+
+        That takes 3 s in each process, as long as many a trial.
+        """
+        momentum = self._options.momentum
+        moved = {n: (p, p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        buffers = [self._momentum.get(name) for name in moved]
+        with torch.no_grad():
+            sgd(
+                [p for p, _ in moved.values()],
+                [grad for _, grad in moved.values()],
+                buffers,
+                weight_decay=self._options.weight_decay,
+                momentum=momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=momentum > 0,
+                maximize=False,
+            )
+        self._momentum |= {n: b for n, b in zip(moved, buffers, strict=True) if b is not None}
 
     def _mean_loss(self, epoch: int) -> float:
         mean = float(torch.stack(self._losses).mean()) if self._losses else 0.0

@@ -513,8 +513,9 @@ class SamplerConfig(_Section):
     sensitivity: bool = Field(
         default=True, description="whether single edits are measured first, for better seeds"
     )
-    early_stop: bool = Field(
-        default=True, description="whether only promising trials are fine-tuned to the end"
+    early_stop: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether only promising trials are fine-tuned to the end; auto: if it pays",
     )
     reduction_factor: int = Field(
         default=3, ge=2, description="of so many trials about one goes on to the next fidelity"

@@ -17,6 +17,8 @@ from .config import SearchConfig
 from .records import FULL_FIDELITY, TrialResult, TrialStatus, is_uniform
 
 RISING = ("accuracy", "accuracy_drop", "loss")  # metrics that get better with the fidelity
+TRAINING = 3  # a training step costs so many forward passes
+PAYS = 8  # fine-tuning must cost so many times an evaluation, or few trials are worth stopping
 POOR, ENOUGH = 0.5, 8  # a rank correlation below this over at least so many trials is a warning
 
 Array = npt.NDArray[np.float64]
@@ -30,6 +32,23 @@ def fidelities(config: SearchConfig) -> tuple[int, ...]:
     if config.search.early_stop and config.recover.epochs > 0:
         return (0, 1, FULL_FIDELITY)
     return (FULL_FIDELITY,)
+
+
+def settled(config: SearchConfig, num_train: int, num_val: int) -> SearchConfig:
+    """The config with `search.early_stop: auto` decided.
+
+    Args:
+        config: The config.
+        num_train: Training images.
+        num_val: Validation images.
+    """
+    if config.search.early_stop != "auto":
+        return config
+    recover = config.recover
+    evaluation = num_val + min(recover.recalibration_images, num_train) * recover.recalibrate_bn
+    pays = TRAINING * recover.epochs * num_train >= PAYS * evaluation
+    search = config.search.model_copy(update={"early_stop": pays})
+    return config.model_copy(update={"search": search})
 
 
 def trained_share(config: SearchConfig) -> float:

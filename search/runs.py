@@ -20,7 +20,7 @@ from .config import (
     load_config,
     parse_config,
 )
-from .early_stop import ladder_of
+from .early_stop import ladder_of, settled
 from .front import choose, front_hypervolume, front_of
 from .interrupt import stopping_gently
 from .plateau import has_ended
@@ -282,21 +282,29 @@ def _execute(
 
     progress = progress or Progress.silent()
     folder = folder.absolute()  # Ray's workers start in other folders
-    clock = _Clock()
+    clock, warnings = _Clock(), ignored_settings(config)
     with ExitStack() as run_folder, connecting(address) as wait_for_ray:
         with clock("load_s"):  # the imports too: they take seconds
             from .fleet import Fleet
             from .setup import make_space, pose
 
             problem = pose(config)
+            task = problem.task
+            asked, config = config, settled(config, task.num_train, len(task.data.val))
+            problem = dataclasses.replace(problem, config=config)
             if address in LOCAL:
                 check_local(config)
         if address not in LOCAL:
             wait_for_ray()  # before anything is written
         run_folder.enter_context(locked(folder))
         run_folder.callback(lambda: _add_times(folder, clock.seconds))
-        for line in ignored_settings(config) if new else ():
+        for line in warnings if new else ():
             progress.say(f"warning: {line}")
+        if asked != config and config.recover.epochs > 0 and not config.search.early_stop:
+            progress.say(
+                "every trial is fine-tuned to the end: too short for stopping early to pay "
+                "(search.early_stop: auto)"
+            )
         _describe(config, folder, new=new)
         with clock("ray_start_s"):
             wait_for_ray()

@@ -27,7 +27,7 @@ from ..methods.surgery import inside
 from .cache import Say, Shared, open_cache, sharing_here
 from .config import SearchConfig
 from .context import TrialContext
-from .early_stop import trained_share
+from .early_stop import TRAINING, trained_share
 from .prune import make_recipe
 from .records import Candidate
 from .setup import Problem
@@ -37,7 +37,6 @@ from .store import read_json, write_json
 SENSITIVITY = "sensitivity.json"
 SHARE = 0.2  # of what the trials will cost, at most: so much fewer are seeds than without
 IMAGES = 2000  # validation images of one evaluation, at most
-TRAINING = 3  # a training step costs so many forward passes
 LEVELS = (0.5, 0.0, 0.75)  # between a fraction's ends, in the order of their use
 UNIFORM = 0.6  # where criteria are compared with each other
 FLOOR = 1e-3  # accuracies this near to 0 or 1 have no finite log-odds

@@ -21,7 +21,7 @@ space:
   keep: {per: model, low: 0.3, high: 1.0}
 recover: {epochs: 0.5, lr: 0.02}
 objectives: {accuracy: maximize, macs: minimize}
-search: {trials: 6, seed: 0}
+search: {trials: 6, early_stop: true, seed: 0}
 resources: {max_concurrent: 1}
 latency: {runs: 20}
 cache: {reuse: dense}

@@ -15,6 +15,7 @@ from prunesearch.search.early_stop import (
     fidelities,
     ladder_of,
     rank_correlations,
+    settled,
 )
 from prunesearch.search.records import TrialResult, TrialStatus
 
@@ -204,6 +205,23 @@ def test_the_ladder_of_a_ledger_goes_on_as_the_live_one(seed):
 
 def _duplicate(first: TrialResult) -> TrialResult:
     return row("t99", first.accuracy_by_fidelity, 0, status=TrialStatus.DUPLICATE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_train", "pays"),
+    [
+        (["recover.epochs=1"], 10_000, True),  # 30,000 against 8 x 1,512
+        (["recover.epochs=0.4"], 10_000, False),
+        (["recover.epochs=0.4", "recover.recalibrate_bn=false"], 10_000, True),  # 8 x 1,000
+        (["recover.epochs=0"], 10_000, False),
+        (["recover.epochs=0.4", "search.early_stop=true"], 10_000, True),
+        (["recover.epochs=9", "search.early_stop=false"], 10_000, False),
+    ],
+)
+def test_the_ladder_is_there_where_fine_tuning_costs_more(overrides, num_train, pays):
+    data = {"model": {"name": "resnet20"}, "data": {"name": "digits"}}
+    config = settled(parse_config(data, overrides), num_train, 1000)
+    assert config.search.early_stop is pays
 
 
 def test_rungs_that_cannot_differ_are_one():

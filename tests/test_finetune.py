@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -234,36 +237,75 @@ def test_the_rate_of_the_last_step_is_near_zero(task, epochs, batch_size):
 
 def _rates(task: ClassificationTask, epochs: float) -> list[float]:
     """The learning rate of every step."""
-    rates: list[float] = []
-
-    class Watched(torch.optim.SGD):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    return _rates_of(lambda: finetune(model, task, epochs=epochs, lr=0.1, generator=seeded()))
+
+
+def _rates_of(train: Callable[[], None]) -> list[float]:
+    rates: list[float] = []
+    step = module.sgd
+
+    def watched(*tensors, lr, **options):
+        rates.append(lr)
+        step(*tensors, lr=lr, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "SGD", Watched)
-        finetune(model, task, epochs=epochs, lr=0.1, generator=seeded())
+        patch.setattr(module, "sgd", watched)
+        train()
     return rates
 
 
-def test_the_rate_falls_at_the_milestones(task, model, monkeypatch):
+def test_the_rate_falls_at_the_milestones(task, model):
     """As the block removal paper has it: halved after 40, 60 and 80 % of the training."""
-    rates: list[float] = []
-    step = torch.optim.SGD.step
-
-    def spy(self, closure=None):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, closure)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", spy)
     options = {"milestones": (0.4, 0.6, 0.8), "gamma": 0.5}
-    finetune(model, task, epochs=2, lr=0.8, generator=seeded(), **options)
+    rates = _rates_of(
+        lambda: finetune(model, task, epochs=2, lr=0.8, generator=seeded(), **options)
+    )
     total = len(rates)
     halvings = [sum(step >= total * part for part in (0.4, 0.6, 0.8)) for step in range(total)]
     assert set(halvings) == {0, 1, 2, 3}
     assert rates == pytest.approx([0.8 / 2**count for count in halvings])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_is_that_of_torchs_optimizer(task, momentum):
+    """To the last bit, also where a parameter has no gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    model.unused = nn.Parameter(torch.ones(3))
+    twin = copy.deepcopy(model).train()
+    options = {"momentum": momentum, "weight_decay": 0.01}
+    rates = _rates_of(
+        lambda: finetune(model, task, epochs=2, lr=0.1, generator=seeded(), **options)
+    )
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, nesterov=momentum > 0, **options)
+    generator, steps = seeded(), iter(rates)
+    for _ in range(2):
+        for images, target in task.train_batches(generator, max_images=task.num_train):
+            optimizer.param_groups[0]["lr"] = next(steps)
+            optimizer.zero_grad()
+            task.loss(twin(images), target).backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(_state(model), _state(twin), strict=True))
+
+
+def test_a_trial_does_not_import_torchs_compiler():
+    """Which takes seconds in each process."""
+    code = (
+        "import sys, torch\n"
+        "from prunesearch.methods.data import load_data\n"
+        "from prunesearch.methods.finetune import finetune\n"
+        "from prunesearch.methods.measure import count_macs, peak_memory_mib\n"
+        "from prunesearch.methods.models.build import build_model\n"
+        "from prunesearch.methods.tasks.classification import ClassificationTask\n"
+        "task = ClassificationTask(load_data('digits', image_size=8, limit=120), batch_size=32)\n"
+        "model = build_model('resnet20', num_classes=10)\n"
+        "finetune(model, task, epochs=1, lr=0.1, generator=torch.Generator())\n"
+        "count_macs(model, task.example_input())\n"
+        "peak_memory_mib(model, task.example_input())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- pauses ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ MIXED = SMALL.replace(
   dsd_lambda: {low: 0.5, high: 2.0, num: 2}
   dsd_q: {low: 0.4, high: 0.4}
   dsd_epochs: [1]""",
-).replace("trials: 6", "trials: 16, early_stop: false")
+).replace("trials: 6, early_stop: true", "trials: 16, early_stop: false")
 RECONSTRUCT = "recover.reconstruct={steps: 1, epochs: 1, num_vectors: 32}"
 
 

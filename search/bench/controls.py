@@ -43,7 +43,7 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
     runs = {}
     for name, variant in variants(config).items():
         folder = out / name
-        if (folder / CONFIG).exists() and Run(folder).config != absolute(variant):
+        if (folder / CONFIG).exists() and not _is_of(Run(folder).config, absolute(variant)):
             raise ConfigError(
                 f"`--out` (={out}) must hold runs of this config: {folder} is of another one. "
                 "Choose another --out."
@@ -80,6 +80,14 @@ def variants(config: SearchConfig) -> dict[str, SearchConfig]:
         "uniform": SearchConfig.model_validate(data | {"space": uniform}),
         "random": SearchConfig.model_validate(data | {"space": chance, "search": blind}),
     }
+
+
+def _is_of(stored: SearchConfig, config: SearchConfig) -> bool:
+    """Whether a run has this config; `auto` is decided in the stored one."""
+    if config.search.early_stop == "auto":
+        search = config.search.model_copy(update={"early_stop": stored.search.early_stop})
+        config = config.model_copy(update={"search": search})
+    return stored == config
 
 
 def report(runs: Mapping[str, Run]) -> str:
