@@ -202,7 +202,6 @@ def test_interrupt_leaves_a_resumable_folder(tmp_path: Path, number: int, times:
     assert "Traceback" not in err
     assert 1 <= len(Run(out).results()) < 6
     assert times == 2 or "no more trials start: interrupted" in err
-    assert Run(out).front_results() or times == 2  # the ledger was closed
 
 
 def test_failures_are_rows_and_the_run_fails(tmp_path: Path) -> None:
