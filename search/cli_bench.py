@@ -149,7 +149,9 @@ def bench_engine_command(
 def bench_slots_command(
     config: ConfigFile,
     slots: Annotated[str, typer.Option(help="How many trials at a time.")] = "1,2,4,8",
-    seconds: Annotated[float, typer.Option(min=5, help="For each of them.")] = 120.0,
+    seconds: Annotated[
+        float, typer.Option(min=5, help="For each, the start of workers included.")
+    ] = 120.0,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

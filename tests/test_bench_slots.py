@@ -14,7 +14,7 @@ from prunesearch.search.progress import Progress
 
 def test_it_counts_the_trials_of_each_number_of_slots(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["baseline.epochs=1"])
-    result = bench_slots(config, Progress.silent(), slots=[1, 2], seconds=6)
+    result = bench_slots(config, Progress.silent(), slots=[1, 2], seconds=15)
     assert [row["slots"] for row in result["rows"]] == [1, 2]
     for row in result["rows"]:
         assert row["trials"] >= 2 and row["per_hour"] > 0 and 0 < row["busy"] <= 1

@@ -38,7 +38,8 @@ def bench_slots(
         config: Model, data, space and recovery.
         progress: Where to report.
         slots: How many trials at a time.
-        seconds: For each; starting the workers is not counted, nor a first trial of each.
+        seconds: For each number, the start of the workers included (10 s or more). Counted is
+            what ends after a first trial of each worker.
 
     Returns:
         A row for each number of slots, and the hardware.
