@@ -18,7 +18,7 @@ from .records import TrialResult
 from .runs import Run
 
 PARTS = {
-    "load_s": "load data and model",
+    "load_s": "load libraries, data and model",
     "dense_s": "dense model",
     "blocks_s": "block ranking",
     "sensitivity_s": "single edits",
