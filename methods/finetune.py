@@ -36,8 +36,8 @@ def recalibrate_batch_norm(
         model: Changed in place; its train/eval mode is restored.
         task: Supplies un-augmented training batches.
         generator: Draws the images.
-        num_images: How many images to use. With 512 the order of candidates by accuracy is that
-            with all images (`prune-search bench recalibration`).
+        num_images: How many images to use, in whole batches. How many are enough to rank pruned
+            models: `prune-search bench recalibration`.
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
