@@ -18,6 +18,7 @@ from prunesearch.search.front import hypervolume
 from prunesearch.search.metrics import Constraint
 from prunesearch.search.records import Candidate
 from prunesearch.search.space import Space
+from prunesearch.search.surrogate import proposer as proposer_module
 from prunesearch.search.surrogate.acquisition import expected_improvement, normal_samples
 from prunesearch.search.surrogate.features import Encoder
 from prunesearch.search.surrogate.gp import JITTER, GaussianProcess
@@ -236,6 +237,28 @@ def test_what_training_does_not_change_is_not_modelled_by_it():
     ]
     models = proposer._models(told)
     assert models.by_metric["accuracy"].reads_early and not models.by_metric["macs"].reads_early
+
+
+def test_a_long_search_does_not_fit_with_each_trial(monkeypatch):
+    """Beyond the window that the models read, hyperparameters come from the first trials."""
+    space = make_space(criteria=["taylor"], select=["ratio"])
+    found = search(space, 44, seed=6, blind=True)
+    monkeypatch.setattr(proposer_module, "MOST", 20)
+    proposer = SurrogateProposer(
+        space, {"accuracy": "maximize", "macs": "minimize"}, (), {"accuracy": 0.0, "macs": 1.2}
+    )
+    fits = []
+    fit = GaussianProcess.fit_hyperparameters
+    monkeypatch.setattr(
+        GaussianProcess, "fit_hyperparameters", lambda gp: fits.append(gp) or fit(gp)
+    )
+    sizes = []
+    for count in range(21, 45):
+        models = proposer._models(proposer._latest(found[:count]), found[:20])
+        sizes.append(len(models.by_metric["macs"].gp._y))
+        proposer.propose(found[:count], [], {o.candidate for o in found}, count)
+    assert max(sizes) < 44  # not all are read
+    assert len(fits) == 2  # one for each metric
 
 
 def test_three_objectives_and_a_constraint_that_cannot_be_met_still_propose():

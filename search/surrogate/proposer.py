@@ -26,6 +26,7 @@ Measured = Mapping[str, float]  # metric -> value
 FEWEST = 6  # observations before the models are of use
 REFIT_GROWTH = 1.25  # hyperparameters are found anew whenever there is a quarter more data
 MOST = 600  # latest observations that a model reads, beside the front
+MOST_FITTED = 300  # observations that hyperparameters are found from, at most
 RIDGE = 2.0  # observations that the slope's prior counts as
 ROUNDS, RANDOM, CHILDREN, PARENTS = 3, 60, 140, 30
 
@@ -94,7 +95,7 @@ class SurrogateProposer:
         variation = Variation(self._space, rng)
         if any(sum(m in o.metrics for o in observations) < FEWEST for m in self._metrics):
             return self._unseen(variation.random, taken)
-        models = self._models(self._latest(observations))
+        models = self._models(self._latest(observations), observations[:MOST])
         return self._search(models, observations, running, taken, variation, rng)
 
     @property
@@ -118,54 +119,66 @@ class SurrogateProposer:
         early = [o for o in observations[:-MOST] if id(o.params) in front]
         return [*early, *observations[-MOST:]]
 
-    def _models(self, observations: Sequence[Observation]) -> _Models:
+    def _models(
+        self, latest: Sequence[Observation], first: Sequence[Observation] | None = None
+    ) -> _Models:
         """One model a metric; that of the accuracy reads the accuracy before training.
 
         So trials that stopped early teach too (recursive co-kriging: Le Gratiet and Garnier 2014,
         arXiv:1210.0686): the accuracy before training, which all trials have, is modelled first,
         and what training changes is modelled as the deviation from its trend.
+
+        Args:
+            latest: What the models read.
+            first: What their hyperparameters are found from, which hardly changes: a resumed
+                search finds the same, and a long one does not find them anew with each trial.
+                By default the latest.
         """
-        features = self._encoder.encode([o.point for o in observations])
+        first = latest if first is None else first
         trained = [metric for metric in self._metrics if metric in _SIGNS]
-        stopped = any(m not in o.metrics for o in observations for m in trained)
-        tried = [n for n, o in enumerate(observations) if o.early is not None]
-        early, values = None, np.zeros(0)
-        if stopped and len(tried) >= FEWEST:
-            values = np.array([_LOGIT.forward(observations[n].early or 0.0) for n in tried])
-            early = self._model(_EARLY, features[tried], values, None)
-        expected = dict(zip(tried, values, strict=False))
-        by_metric = {}
-        for metric in self._metrics:
-            read = early is not None and metric in _SIGNS
-            rows = [n for n, o in enumerate(observations) if metric in o.metrics]
+        stopped = any(m not in o.metrics for m in trained for o in (*latest, *first))
+        tried = min(sum(o.early is not None for o in part) for part in (latest, first))
+        names = [_EARLY] if stopped and tried >= FEWEST else []
+        now = self._data(latest, [*names, *self._metrics])
+        then = now if first == latest else self._data(first, [*names, *self._metrics])
+        if any(len(data.targets) < FEWEST for data in then.values()):
+            then = now  # most of the first have failed
+        models = {name: self._model(name, now[name], then[name]) for name in now}
+        return _Models(self._encoder, models.pop(_EARLY, None), models)
+
+    def _data(self, observations: Sequence[Observation], names: Sequence[str]) -> dict[str, _Data]:
+        """What each model reads of some trials."""
+        features = self._encoder.encode([o.point for o in observations])
+        expected = {
+            n: _LOGIT.forward(o.early) for n, o in enumerate(observations) if o.early is not None
+        }
+        found = {}
+        for name in names:
+            if name == _EARLY:
+                rows = list(expected)
+                found[name] = _Data(features[rows], np.array([expected[n] for n in rows]), None)
+                continue
+            read = _EARLY in names and name in _SIGNS
+            rows = [n for n, o in enumerate(observations) if name in o.metrics]
             rows = [n for n in rows if not read or n in expected]
-            scale = _SCALES.get(metric, _LOG)
-            targets = np.array([scale.forward(observations[n].metrics[metric]) for n in rows])
+            scale = _SCALES.get(name, _LOG)
+            targets = np.array([scale.forward(observations[n].metrics[name]) for n in rows])
             known = np.array([expected[n] for n in rows]) if read else None
-            by_metric[metric] = self._model(metric, features[rows], targets, known)
-        return _Models(self._encoder, early, by_metric)
+            found[name] = _Data(features[rows], targets, known)
+        return found
 
-    def _model(self, metric: str, features: Array, targets: Array, early: Array | None) -> _Model:
-        """Hyperparameters come from the first so-many trials: a resumed search finds the same."""
-        kinds = self._encoder.kinds(features.shape[1])
-        if early is not None:
-            features = np.column_stack([features, _unit(early)])
-            kinds = [*kinds, slice(features.shape[1] - 1, features.shape[1])]
-
-        def residual(count: int) -> tuple[_Trend, Array]:
-            if early is None:
-                return _Trend(), targets[:count]
-            trend = _Trend.of(early[:count], targets[:count], _SIGNS[metric])
-            return trend, targets[:count] - trend(early[:count])
-
-        count = _milestone(len(targets))
-        first, rest = features[:count], residual(count)[1]
-        key = hashlib.sha256(first.tobytes() + rest.tobytes()).hexdigest()
+    def _model(self, metric: str, now: _Data, then: _Data) -> _Model:
+        basis = then.first(_milestone(min(len(then.targets), MOST_FITTED)))
+        kinds = self._encoder.kinds(basis.features.shape[1])
+        if basis.early is not None:
+            kinds = [*kinds, slice(basis.features.shape[1], basis.features.shape[1] + 1)]
+        inputs, rest = basis.inputs, basis.residuals(basis.trend(metric))
+        key = hashlib.sha256(inputs.tobytes() + rest.tobytes()).hexdigest()
         if self._fitted.get(metric, ("", None))[0] != key:
-            self._fitted[metric] = key, GaussianProcess(first, rest, kinds).fit_hyperparameters()
-        trend, rest = residual(len(targets))
-        gp = GaussianProcess(features, rest, kinds, self._fitted[metric][1])
-        return _Model(gp, _SCALES.get(metric, _LOG), trend, early is not None)
+            self._fitted[metric] = key, GaussianProcess(inputs, rest, kinds).fit_hyperparameters()
+        trend = now.trend(metric)
+        gp = GaussianProcess(now.inputs, now.residuals(trend), kinds, self._fitted[metric][1])
+        return _Model(gp, _SCALES.get(metric, _LOG), trend, now.early is not None)
 
     # --- the search -------------------------------------------------------------------------
 
@@ -343,6 +356,37 @@ class _Trend:
 
     def __call__(self, early: Array) -> Array:
         return self.offset + self.slope * early
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a model reads: features [n, d], targets [n], and the early log-odds if it does."""
+
+    features: Array
+    targets: Array
+    early: Array | None
+
+    def first(self, count: int) -> _Data:
+        """Of the first trials only."""
+        early = None if self.early is None else self.early[:count]
+        return _Data(self.features[:count], self.targets[:count], early)
+
+    @property
+    def inputs(self) -> Array:
+        """The features, and the early accuracy as one more."""
+        if self.early is None:
+            return self.features
+        return np.column_stack([self.features, _unit(self.early)])
+
+    def trend(self, metric: str) -> _Trend:
+        """How the targets follow the early log-odds."""
+        if self.early is None:
+            return _Trend()
+        return _Trend.of(self.early, self.targets, _SIGNS[metric])
+
+    def residuals(self, trend: _Trend) -> Array:
+        """What the trend leaves, [n]."""
+        return self.targets if self.early is None else self.targets - trend(self.early)
 
 
 @dataclass(frozen=True)
