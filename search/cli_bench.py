@@ -136,7 +136,7 @@ def bench_engine_command(
             default_sizes=default_sizes,
             pair_s=pair_s,
             slots=slots if cluster else None,
-            say=lambda message: err.print(message, highlight=False),
+            say=lambda message: err.print(message, markup=False, highlight=False),
         )
     if as_json:
         out.print_json(json.dumps(result))

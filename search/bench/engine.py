@@ -5,6 +5,7 @@ Real Tune, real Ray, real coordinator, sampler and ledger; only the trial itself
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
 import tempfile
@@ -61,18 +62,24 @@ def bench_engine(
         say: Told what is measured now.
     """
     result: dict[str, Any] = {"environment": environment(), "growth": [], "busy": []}
+
+    def add(part: str, rows: list[dict[str, Any]]) -> None:
+        result[part] += rows
+        for row in rows:  # at once: the whole takes long
+            say(f"  {json.dumps(row)}")
+
     for sampler, points in (("random", sizes), (default_sampler(), default_sizes)):
         if points:
             say(f"{points[-1]} no-op trials, sampler {sampler}")
             with connect(None):
-                result["growth"] += growth(sampler, points)
+                add("growth", growth(sampler, points))
     if pair_s:
         say("two workers against one")
         with connect(None):
-            result["busy"] += [workers(count, pair_s) for count in (1, 2)]
+            add("busy", [workers(count, pair_s) for count in (1, 2)])
     if slots is not None:
         say(f"a simulated cluster of {slots} slots")
-        result["busy"].append(cluster(slots))
+        add("busy", [cluster(slots)])
     return result
 
 
