@@ -136,7 +136,7 @@ def bench_engine_command(
             default_sizes=default_sizes,
             pair_s=pair_s,
             slots=slots if cluster else None,
-            say=lambda message: err.print(message, markup=False, highlight=False),
+            say=lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True),
         )
     if as_json:
         out.print_json(json.dumps(result))
