@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,3 +47,9 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def markdown_row(cells: Sequence[str]) -> str:
     """One row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median and range."""
+    low, median, high = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+    return f"{median} ({low} to {high})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from ..setup import make_space, pose
 from ..space import Space
 from ..surrogate.variation import Variation
 from ..trial import recover_and_measure
-from .common import torch_threads
+from .common import spread, torch_threads
 
 SIZES = (128, 256, 512, 1024, 2048)
 DRAWS = 100  # for each candidate that is asked for
@@ -107,7 +106,7 @@ def recalibration_table(result: Mapping[str, Any]) -> Table:
     ):
         table.add_column(column)
     for row in result["rows"]:
-        spreads = (_spread(row[name]) for name in ("against_all", "against_final", "difference"))
+        spreads = (spread(row[name], 4) for name in ("against_all", "against_final", "difference"))
         table.add_row(str(row["images"]), *spreads, f"{row['seconds']:.3f}")
     return table
 
@@ -185,7 +184,3 @@ def _row(
 
 def _rank(one: Sequence[float], other: Sequence[float]) -> float:
     return float(scipy.stats.spearmanr(one, other)[0])
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.4f} ({min(values):.4f} to {max(values):.4f})"

@@ -31,7 +31,7 @@ from ..setup import pose
 from ..space import Space
 from ..surrogate.variation import Variation
 from ..trial import TrialOutcome, run_trial, with_provenance
-from .common import torch_threads
+from .common import spread, torch_threads
 from .plain import PlainOutcome, plain_trial
 
 A_RUN = 40  # trials that share the scores: the default of `search.trials`
@@ -124,8 +124,8 @@ def trial_tables(result: Mapping[str, Any]) -> list[Table]:
             "none" if row["epochs"] == 0 else "1 epoch",
             f"{row['plain_s']:.3f}",
             f"{row['ours_s']:.3f}",
-            _spread(row["ratio"]),
-            _spread(row["ratio_with_scores"]),
+            spread(row["ratio"], 2),
+            spread(row["ratio_with_scores"], 2),
         )
     profile = Table(title=f"Where a trial's time goes: {where}")
     for column in ("step", "ms (range)", "share without fine-tuning", "share with one epoch"):
@@ -258,10 +258,6 @@ def _ratios(
         "ratio": [a / b for a, b in zip(plain, ours, strict=True)],
         "ratio_with_scores": [a / (b + once) for a, b in zip(plain, ours, strict=True)],
     }
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 # --- the profile -----------------------------------------------------------------------------

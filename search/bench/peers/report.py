@@ -16,6 +16,7 @@ from ...config import SearchConfig
 from ...front import non_dominated
 from ...plot import BLUE, GREEN, INK, ORANGE, VERMILLION, new_figure, save_figure, tidy
 from ...store import atomic_write_bytes, read_json
+from ..common import markdown_row
 from .curves import COSTS, FRACTIONS, Point, curve, num_ahead, spread
 from .latencies import measure_all, short_key
 from .log import Entry, count_failures, read_log
@@ -172,14 +173,17 @@ def _table(
 ) -> list[str]:
     """Median and range over the seeds at some points of time."""
     heads = [f"{fraction:.0%} of the time" for fraction in SHOWN]
-    lines = [_row(["method", "candidates a seed", *heads]), _row(["---"] * (len(SHOWN) + 2))]
+    lines = [
+        markdown_row(["method", "candidates a seed", *heads]),
+        markdown_row(["---"] * (len(SHOWN) + 2)),
+    ]
     for name, curves in by_method.items():
         count = sum(row["method"] == name for row in rows) / len(curves)
         low, median, high = spread(curves)
         at = [_nearest(fraction) for fraction in SHOWN]
         cells = [f"{median[i]:.4f} ({low[i]:.4f} to {high[i]:.4f})" for i in at]
         failed = f" ({failures[name] / len(curves):.0f} failed)" if failures[name] else ""
-        lines.append(_row([METHODS[name].label, f"{count:.0f}{failed}", *cells]))
+        lines.append(markdown_row([METHODS[name].label, f"{count:.0f}{failed}", *cells]))
     return lines
 
 
@@ -187,14 +191,14 @@ def _ahead(curves: Curves) -> list[str]:
     """Of the points after the first tenth, seed by seed."""
     seeds = len(next(iter(curves["latency"].values())))
     head = ["against", "hypervolume of", *(f"seed {i + 1}" for i in range(seeds))]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
     for name in curves["latency"]:
         if name == OURS:
             continue
         for cost in COSTS:
             pairs = zip(curves[cost][OURS], curves[cost][name], strict=True)
             cells = ["{} of {}".format(*num_ahead(ours, theirs)) for ours, theirs in pairs]
-            lines.append(_row([METHODS[name].label, NAMES[cost], *cells]))
+            lines.append(markdown_row([METHODS[name].label, NAMES[cost], *cells]))
     return lines
 
 
@@ -212,10 +216,6 @@ def _peer_versions() -> dict[str, str]:
 
 def _nearest(fraction: float) -> int:
     return min(range(len(FRACTIONS)), key=lambda i: abs(FRACTIONS[i] - fraction))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 # --- the picture -----------------------------------------------------------------------------
