@@ -19,6 +19,7 @@ from .cli_common import (
     ConfigFile,
     Overrides,
     RunDir,
+    SpaceChange,
     Trials,
     complain,
     err,
@@ -87,18 +88,29 @@ def run_command(
 
 
 @app.command()
-def resume(run_dir: RunDir, address: Address = None, as_json: AsJson = False) -> None:
+def resume(
+    run_dir: RunDir,
+    set_: Overrides = None,
+    allow_space_change: SpaceChange = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
     """Finish an interrupted run; no completed trial is run again."""
     from .runs import Run, resume
 
     import_user_code(Run(run_dir).config)
-    _finish(run_dir, as_json, lambda progress: resume(run_dir, address=address, progress=progress))
+    _finish(run_dir, as_json, lambda progress: resume(
+        run_dir, overrides=set_ or (), allow_space_change=allow_space_change,
+        address=address, progress=progress,
+    ))  # fmt: skip
 
 
 @app.command()
 def extend(
     run_dir: RunDir,
     trials: Annotated[int, typer.Option(min=1, help="How many trials to add.")],
+    set_: Overrides = None,
+    allow_space_change: SpaceChange = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -109,7 +121,8 @@ def extend(
     import_user_code(config)
     total = config.search.trials + trials
     _finish(run_dir, as_json, lambda progress: resume(
-        run_dir, trials=total, address=address, progress=progress
+        run_dir, trials=total, overrides=set_ or (), allow_space_change=allow_space_change,
+        address=address, progress=progress,
     ))  # fmt: skip
 
 
@@ -325,6 +338,7 @@ def doctor(as_json: AsJson = False) -> None:
 def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
     """Does the work with progress shown, prints the front; an interrupt says how to resume."""
     from .progress import Progress
+    from .store import LedgerError
     from .tables import correlation_rows, front_rows, front_table, status_of, time_table
 
     try:
@@ -336,6 +350,12 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
                 f"`prune-search resume {folder}`."
             )
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except LedgerError as error:
+        complain(
+            f"{error}. Every trial that finished before is stored. Make room or access, then "
+            f"continue with `prune-search resume {folder}`."
+        )
+        raise typer.Exit(EXIT_FAILED) from None
     if as_json:
         out.print_json(
             json.dumps({"run": str(folder), "baseline": run.baseline, "front": front_rows(run)})

@@ -165,6 +165,28 @@ def bench_slots_command(
     out.print_json(json.dumps(result)) if as_json else print_wide(slots_table(result))
 
 
+@bench.command("kills")
+def bench_kills_command(
+    config: ConfigFile,
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Folder of the two runs; OUT.md gets the table.")
+    ],
+    kills: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the moments and the targets.")] = 0,
+    set_: Overrides = None,
+) -> None:
+    """Kill a search's processes at random and compare its ledger with that of one in peace."""
+    search = load(config, set_ or [])
+    from .bench.kills import bench_kills, kills_markdown
+    from .progress import Progress
+    from .store import atomic_write_bytes
+
+    result = bench_kills(search, out_dir, Progress(err), kills=kills, seed=seed)
+    text = kills_markdown(result, f"prune-search bench kills {config} --kills {kills}")
+    atomic_write_bytes(out_dir.with_suffix(".md"), text.encode())
+    out.print(text, markup=False, highlight=False)
+
+
 @bench.command("front")
 def bench_front_command(
     config: ConfigFile,

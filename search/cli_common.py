@@ -29,6 +29,10 @@ Address = Annotated[
     str | None,
     typer.Option(help="The Ray cluster of this node: auto or HOST:PORT; local by default."),
 ]
+SpaceChange = Annotated[
+    bool,
+    typer.Option("--allow-space-change", help="Go on although the search space is another one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="How many trials in all.")]
 

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .asking import AskAhead
 from .config import SearchConfig
@@ -24,7 +25,7 @@ from .records import Candidate, TrialResult, TrialStatus
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
 from .space import Space
-from .store import RUNGS, Store
+from .store import RUNGS, LedgerError, Store
 from .surrogate.features import Hints
 from .trial import with_provenance
 
@@ -33,6 +34,11 @@ HOPELESS = 8  # trials that fail before any succeeds: the cause is not the candi
 POLL_S = 0.05  # the driver waits for the sampler no longer while trials run
 
 Listener = Callable[[TrialResult], None]
+
+
+class _Running(NamedTuple):
+    proposal: Proposal
+    spec: TrialSpec
 
 
 def trial_id(number: int) -> str:
@@ -64,7 +70,10 @@ class Coordinator:
         self.results: dict[str, TrialResult] = {}
         self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}
-        self._running: dict[str, Proposal] = {}
+        self._running: dict[str, _Running] = {}
+        self._again: collections.deque[TrialSpec] = collections.deque()
+        self._deaths: dict[str, list[str]] = {}  # of each trial's workers, while it is tried again
+        self._unstored: dict[str, TrialResult] = {}
         self._duplicates: dict[str, list[Proposal]] = {}  # of each trial
         self._written = 0
         reference = reference_point(dataclasses.asdict(baseline), config.objectives)
@@ -78,6 +87,7 @@ class Coordinator:
         self._asking = AskAhead(sampler, config, missing)
         self._deadline = _deadline(config)
         self._stop_reason: str | None = None
+        self._broken: str | None = None
         self._failures, self._last_failure = 0, ""  # of this session: a resume tries again
         self._clean_up()
 
@@ -103,15 +113,19 @@ class Coordinator:
 
     @property
     def done(self) -> bool:
-        """True when nothing more will start; a trial that runs may yet make one promotable."""
-        if self.remaining or self.num_promotable:
+        """True when nothing more will start.
+
+        A trial that runs may yet make one promotable, or need another attempt.
+        """
+        if self._waiting:
             return self.stopped is not None
-        return len(self._rungs) == 1 or not self._running
+        may_yet = len(self._rungs) > 1 or self.config.resources.max_retries > 0
+        return not (may_yet and self._running)
 
     @property
     def stopped(self) -> str | None:
         """Why nothing more starts although trials remain; None while it does."""
-        if not (self.remaining or self.num_promotable):
+        if not self._waiting:
             return None
         if self._stop_reason is not None:
             return self._stop_reason
@@ -126,6 +140,17 @@ class Coordinator:
         """Starts nothing more; what runs goes on to its next rung."""
         self._stop_reason = reason
 
+    def break_off(self, reason: str, trial: str | None = None) -> None:
+        """Starts nothing more: the machine is at fault, not a trial. `resume` goes on.
+
+        Args:
+            reason: What is wrong.
+            trial: The trial that it hit, to be run again; no row says that it failed.
+        """
+        self._broken = self._stop_reason = reason
+        if trial is not None:
+            self._again.append(self._running[trial].spec)
+
     def expect(self, slots: int) -> None:
         """Says how many trials will run at a time, so that as many proposals lie ready."""
         self._asking.expect(slots)
@@ -133,9 +158,12 @@ class Coordinator:
     def next(self) -> TrialSpec | None:
         """The next trial to run; None when there is none now.
 
-        A trial that is promoted comes before a new one. A candidate that is already known is not
-        run again: its row is recorded as a duplicate, at once or when the first one ends.
+        A trial that is tried again or promoted comes before a new one. A candidate that is already
+        known is not run again: its row is recorded as a duplicate, at once or when the first one
+        ends.
         """
+        if self.stopped is None and self._again:
+            return self._again.popleft()
         if self.stopped is None and (promotion := self._ladder.promote()) is not None:
             return self._promoted(*promotion)
         while self.remaining and self.stopped is None:
@@ -147,14 +175,7 @@ class Coordinator:
             key = proposal.candidate.key
             first = self._by_candidate.setdefault(key, trial_id(proposal.number))
             if first == trial_id(proposal.number):
-                self._running[first] = proposal
-                return TrialSpec(
-                    trial_id=first,
-                    candidate=proposal.candidate,
-                    candidate_json=_candidate_json(proposal),
-                    seed=trial_seed(self.config.search.seed, proposal.number),
-                    fidelity=self._rungs[0],
-                )
+                return self._start(proposal)
             self._duplicates.setdefault(first, []).append(proposal)
             if first in self.results:
                 self._record(proposal, _duplicate(proposal, self.results[first]))
@@ -162,7 +183,10 @@ class Coordinator:
 
     def finish(self, result: TrialResult) -> None:
         """Records how far a trial came, and its duplicates with it."""
-        proposal = self._running.pop(result.trial_id)
+        proposal, _ = self._running.pop(result.trial_id)
+        if deaths := self._deaths.pop(result.trial_id, None):
+            attempts = f"attempt {len(deaths) + 1}, after: {'; '.join(dict.fromkeys(deaths))}"
+            result.message = "; ".join(filter(None, [result.message, attempts]))
         if result.status is TrialStatus.FAILED:
             self._failures, self._last_failure = self._failures + 1, result.message
         self._ladder.report(result)
@@ -172,36 +196,76 @@ class Coordinator:
         if self.remaining and self.stopped is None and not self.num_promotable:
             self._asking.prepare()  # at once, so that the freed worker does not wait for it
 
-    def fail(self, trial: str, message: str) -> None:
-        """Records a trial whose worker could not say itself how it ended."""
-        proposal = self._running[trial]
+    def fail(self, trial: str, message: str, *, again: bool = False) -> None:
+        """Records a trial whose worker could not say itself how it ended.
+
+        Args:
+            trial: Its name.
+            message: How it ended.
+            again: Whether another attempt may end otherwise; then it gets one instead, as long as
+                `resources.max_retries` admits.
+        """
+        proposal, spec = self._running[trial]
+        if again and len(self._deaths.get(trial, ())) < self.config.resources.max_retries:
+            self._deaths.setdefault(trial, []).append(message)
+            self._again.append(spec)
+            return
         failed = TrialStatus.FAILED
         known = self.results.get(trial) or TrialResult(
             trial_id=trial,
             status=failed,
             criterion=proposal.candidate.criterion,
-            candidate=_candidate_json(proposal),
+            candidate=spec.candidate_json,
             dropped_blocks=list(proposal.candidate.dropped_blocks),
-            seed=trial_seed(self.config.search.seed, proposal.number),
+            seed=spec.seed,
         )
         self.finish(
             dataclasses.replace(known, status=failed, message=message, finished_at=time.time())
         )
 
     def close(self) -> None:
-        """Ends the sampler's thread and leaves the ledger compact, with the front marked."""
+        """Ends the sampler's thread and leaves the ledger compact, with the front marked.
+
+        Raises:
+            LedgerError: If the search was broken off.
+        """
         self._asking.close()
         on_front = {member.trial_id for member in self.front}
         for result in self.results.values():
             result.on_front = result.trial_id in on_front
-        self.store.compact(on_front)
-        self._sweep()
-        self.store.write_front(self.front)
+        try:
+            for trial in list(self._unstored):
+                self.store.write_trial(self._unstored.pop(trial))
+            self.store.compact(on_front)
+            self._sweep()
+            self.store.write_front(self.front)
+        except OSError as error:
+            self._broken = f"{self._run_dir} cannot be written: {error.strerror or error}"
+        if self._broken is not None:
+            raise LedgerError(self._broken)
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether anything is left to start."""
+        return bool(self.remaining or self.num_promotable or self._again)
+
+    def _start(self, proposal: Proposal) -> TrialSpec:
+        spec = TrialSpec(
+            trial_id=trial_id(proposal.number),
+            candidate=proposal.candidate,
+            candidate_json=_candidate_json(proposal),
+            seed=trial_seed(self.config.search.seed, proposal.number),
+            fidelity=self._rungs[0],
+        )
+        self._running[spec.trial_id] = _Running(proposal, spec)
+        return spec
 
     def _promoted(self, trial: str, fidelity: int) -> TrialSpec:
         row = self.results[trial]
-        proposal = self._running[trial] = _proposal(row)
-        return TrialSpec(trial, proposal.candidate, row.candidate, row.seed, fidelity, row)
+        proposal = _proposal(row)
+        spec = TrialSpec(trial, proposal.candidate, row.candidate, row.seed, fidelity, row)
+        self._running[trial] = _Running(proposal, spec)
+        return spec
 
     # --- recording --------------------------------------------------------------------------
 
@@ -209,17 +273,34 @@ class Coordinator:
         before = {member.trial_id for member in self.front}
         changed = self._keep(result)
         result.on_front = changed
-        self.store.write_trial(result)
+        self._write(result)
         self._asking.tell(proposal, result)
-        if changed:
-            self.store.write_front(self.front)
-        self._drop_artifacts(before | {result.trial_id})
-        self._written += 1
-        if self._written % COMPACT_EVERY == 0:
-            self.store.compact(new_only=True)
-        if result.status is not TrialStatus.EARLY_STOPPED:
-            self._forget(result.trial_id)
+        if result.trial_id not in self._unstored:
+            self._tidy_up(result, before, changed)
         self._listener(result)
+
+    def _write(self, result: TrialResult) -> None:
+        """Stores a row; one that cannot be stored breaks the search off, and is stored then."""
+        try:
+            self.store.write_trial(result)
+            self._unstored.pop(result.trial_id, None)
+        except OSError as error:
+            self._unstored[result.trial_id] = result
+            self.break_off(f"{self._run_dir} cannot be written: {error.strerror or error}")
+
+    def _tidy_up(self, result: TrialResult, before: set[str], changed: bool) -> None:
+        """Brings the other files up to date with a row; after a crash it is done at the start."""
+        try:
+            if changed:
+                self.store.write_front(self.front)
+            self._drop_artifacts(before | {result.trial_id})
+            self._written += 1
+            if self._written % COMPACT_EVERY == 0:
+                self.store.compact(new_only=True)
+            if result.status is not TrialStatus.EARLY_STOPPED:
+                self._forget(result.trial_id)
+        except OSError as error:
+            self.break_off(f"{self._run_dir} cannot be written: {error.strerror or error}")
 
     def _forget(self, trial: str) -> None:
         """Deletes the checkpoint of a trial that waits no more."""

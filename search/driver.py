@@ -1,6 +1,6 @@
 """Runs the trials on Ray Tune: asks the coordinator, fans out, hands results back.
 
-Tune schedules and retries; the coordinator's ledger is the truth, so nothing of Tune's own state
+Tune schedules; the coordinator retries and its ledger is the truth, so nothing of Tune's own state
 is kept and a resumed search starts a fresh Tuner.
 """
 
@@ -20,7 +20,10 @@ from ray.tune.search import Searcher
 
 from .config import ResourcesConfig
 from .coordinator import Coordinator
+from .deaths import Death
 from .records import TrialResult
+
+Inquest = Callable[[str, str], Death]
 
 
 def run_trials(
@@ -29,6 +32,7 @@ def run_trials(
     slots: int,
     tick: Callable[[int], None],
     resources: ResourcesConfig,
+    inquest: Inquest,
 ) -> None:
     """Runs on Tune everything that the coordinator proposes; returns when it is done.
 
@@ -38,7 +42,8 @@ def run_trials(
             and returns its `row` (JSON). A trial that is promoted is another trial to Tune.
         slots: How many trials run at a time.
         tick: Called often with the number of running trials.
-        resources: What a trial takes, and how often it is tried again.
+        resources: What a trial takes.
+        inquest: How the worker of a trial (its name) died that ended with an error of Ray's.
     """
     coordinator.expect(slots)
     scratch = tempfile.mkdtemp(prefix="prune-search-")
@@ -57,8 +62,8 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
-                callbacks=[_Recorder(coordinator, tick)],
-                failure_config=tune.FailureConfig(max_failures=resources.max_retries),
+                callbacks=[_Recorder(coordinator, tick, inquest)],
+                failure_config=tune.FailureConfig(max_failures=0),  # the coordinator tries again
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
@@ -109,9 +114,12 @@ class _InOrder(FIFOScheduler):
 class _Recorder(tune.Callback):
     """Tune's callback: hands each trial's end to the coordinator."""
 
-    def __init__(self, coordinator: Coordinator, tick: Callable[[int], None]) -> None:
+    def __init__(
+        self, coordinator: Coordinator, tick: Callable[[int], None], inquest: Inquest
+    ) -> None:
         self._coordinator = coordinator
         self._tick = tick
+        self._inquest = inquest
         self._started: set[Any] = set()  # Tune keeps every trial: a look at each would grow
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -123,16 +131,15 @@ class _Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._started.discard(trial)
-        self._coordinator.fail(trial.config["trial_id"], _death_message(trial))
+        name = trial.config["trial_id"]
+        death = self._inquest(name, str(trial.get_error() or ""))
+        if death.stop:
+            self._coordinator.break_off(death.cause, name)
+        else:
+            self._coordinator.fail(name, death.cause, again=death.again)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         self._tick(sum(trial.status == "RUNNING" for trial in self._started))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-
-def _death_message(trial: Any) -> str:
-    lines = str(trial.get_error() or "").strip().splitlines()
-    cause = next((line for line in reversed(lines) if line.strip()), "no reason given")
-    return f"the worker died in trial {trial.config['trial_id']}: {cause.strip()[:300]}"

@@ -16,12 +16,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..methods.layer_latency import LayerLatencies
 from .cache import user_shelf
 from .config import CacheConfig, ConfigError, SearchConfig
+from .deaths import Death, Place, cause_of_death, read_tail
 from .keeper import Keeper
 from .probe import LatencyProbe
 from .setup import Problem, pack_images
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator
+
+LOG_TIMEOUT_S = 10.0
 
 
 def start_keeper(run_dir: Path, config: CacheConfig, name: str | None = None) -> Any:
@@ -97,7 +100,25 @@ class Fleet:
             "keeper": self.keeper,
         }
         trainable = tune.with_parameters(Worker, parts=parts)
-        run_trials(coordinator, trainable, slots, tick, resources)
+        run_trials(coordinator, trainable, slots, tick, resources, self._inquest)
+
+    def _inquest(self, trial_id: str, error: str) -> Death:
+        """How a trial's worker died: by what Ray says, and by the worker's log on its node."""
+        place: Place | None = ray.get(self.keeper.place.remote(trial_id))
+        log = "" if place is None else _read_log(place)
+        return cause_of_death(error, log, limit_s=self.config.resources.trial_timeout_s)
+
+
+def _read_log(place: Place) -> str:
+    """The end of a dead worker's log, wherever it lies; empty where its node is gone too."""
+    if place.node_id == ray.get_runtime_context().get_node_id():
+        return read_tail(place.log)
+    there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+    read = ray.remote(read_tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    try:
+        return str(ray.get(read.remote(place.log), timeout=LOG_TIMEOUT_S))
+    except ray.exceptions.RayError:
+        return ""
 
 
 # --- resources ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from . import cluster  # noqa: F401  # first: it sets Ray's environment
 import ray
 
 from .cache import SHARED, Cache, Shared, sharing
+from .deaths import Place
 from .store import RUNGS, atomic_write_bytes
 
 
@@ -30,6 +31,15 @@ class Keeper(Cache):
     def __init__(self, run_dir: str, user: str | None = None, max_bytes: float = math.inf) -> None:
         super().__init__(Path(run_dir) / SHARED, Path(user) if user else None, max_bytes)
         self._run_dir = Path(run_dir)
+        self._places: dict[str, Place] = {}
+
+    def began(self, trial_id: str, place: Place) -> None:
+        """Remembers where a trial runs, so that its worker's log can be found if it dies."""
+        self._places[trial_id] = place
+
+    def place(self, trial_id: str) -> Place | None:
+        """Where a trial ran last; None if this actor has died since."""
+        return self._places.get(trial_id)
 
     def keep(self, trial_id: str, recipe: str, weights: bytes) -> tuple[str, str]:
         """Stores both files atomically and returns their paths in the run folder."""

@@ -178,13 +178,15 @@ def run(
     check_names(config)
     folder = Path(out) if out is not None else Path("results") / config.name
     check_new_folder(folder)
-    return _execute(absolute(config), folder, address, progress, new=True)
+    return _execute(absolute(config), folder, address, progress)
 
 
 def resume(
     folder: str | Path,
     *,
     trials: int | None = None,
+    overrides: Sequence[str] = (),
+    allow_space_change: bool = False,
     address: str | None = None,
     progress: Progress | None = None,
 ) -> Run:
@@ -193,11 +195,20 @@ def resume(
     Args:
         folder: The run folder.
         trials: A new total number of trials (`extend`); None keeps the config's.
+        overrides: `key.sub=value` assignments, applied to the config in order.
+        allow_space_change: Whether another search space than the run began with is accepted.
         address: A Ray cluster; None starts a local Ray.
         progress: Where to report; None is silent.
+
+    Raises:
+        ConfigError: If the run would no longer be the same (search/changes.py).
+        LedgerError: If the run folder cannot be written any more.
+        KeyboardInterrupt: As `run` does.
     """
     one = Run(Path(folder))
-    config = one.config
+    config = load_config(one.folder / CONFIG, overrides)
+    if overrides:
+        check_names(config, one.folder / CONFIG, overrides)
     if trials is not None:
         results = one.results()
         if trials < len(results):
@@ -208,7 +219,9 @@ def resume(
         data = config.model_dump(mode="json")
         changed = {"trials": trials, "plateau_after": sum(map(has_ended, results))}
         config = parse_config(data | {"search": data["search"] | changed})
-    return _execute(config, one.folder, address, progress, new=False)
+    return _execute(
+        absolute(config), one.folder, address, progress, allow_space_change=allow_space_change
+    )
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -276,15 +289,18 @@ def _execute(
     address: str | None,
     progress: Progress | None,
     *,
-    new: bool,
+    allow_space_change: bool | None = None,
 ) -> Run:
+    """Runs a new search, or (where `allow_space_change` is not None) goes on with one."""
     from .cluster import check_local, connecting
 
     progress = progress or Progress.silent()
     folder = folder.absolute()  # Ray's workers start in other folders
     clock, warnings = _Clock(), ignored_settings(config)
+    new = allow_space_change is None
     with ExitStack() as run_folder, connecting(address) as wait_for_ray:
         with clock("load_s"):  # the imports too: they take seconds
+            from .changes import remember, settle_changes
             from .fleet import Fleet
             from .setup import make_space, pose
 
@@ -305,6 +321,12 @@ def _execute(
                 "every trial is fine-tuned to the end: too short for stopping early to pay "
                 "(search.early_stop: auto)"
             )
+        if allow_space_change is None:
+            remember(folder, problem)
+        else:
+            changes = settle_changes(folder, problem, allow_space_change=allow_space_change)
+            for line in changes:
+                progress.say(f"search space changed: {line}")
         _describe(config, folder, new=new)
         with clock("ray_start_s"):
             wait_for_ray()

@@ -115,11 +115,15 @@ class Sampler:
             self._told[number] = self._asked[number], result
 
     def restore(self, proposal: Proposal, result: TrialResult) -> None:
-        """Adds a trial of an earlier session; call in the order of the trials."""
+        """Adds a trial of an earlier session; call in the order of the trials.
+
+        One that the space does not hold (any more) is remembered as tried and teaches nothing.
+        """
         self._seeds = [seed for seed in self._seeds if seed.params != proposal.params]
         self._asked[proposal.number] = proposal
         self._taken.add(proposal.candidate)
-        self.tell(proposal.number, result)
+        if self._space.means(proposal.params, proposal.candidate):
+            self.tell(proposal.number, result)
 
     def _start(self, number: int, origin: str, params: Params, attrs: dict[str, Any]) -> Proposal:
         proposal = Proposal(number, origin, params, self._space.candidate(params), attrs)

@@ -302,6 +302,13 @@ class Space:
             return False
         return True
 
+    def means(self, params: Mapping[str, Any], candidate: Candidate) -> bool:
+        """Whether the parameters are of this space and stand for that candidate in it."""
+        try:
+            return self.admits(params) and self.candidate(params) == candidate
+        except KeyError:
+            return False
+
     def _sparse_params(self, keep: float) -> Params:
         """Sparse training of medium strength that removes about 1 - `keep`."""
         strength, q, epochs = self.config.dsd_lambda, self.config.dsd_q, self.config.dsd_epochs

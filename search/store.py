@@ -74,6 +74,10 @@ SCHEMA = pa.schema(
 """The columns of `TrialResult`, in its order; results/README.md describes them."""
 
 
+class LedgerError(RuntimeError):
+    """The run folder cannot be written; `resume` goes on when it can."""
+
+
 class Store:
     """The results of one run folder. One process writes; any number may read meanwhile."""
 

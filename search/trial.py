@@ -21,6 +21,7 @@ from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from ..methods.surgery import Recipe, layer_widths, prune
 from .context import TrialContext, TrialSpec
+from .deaths import is_disk_full
 from .early_stop import RISING
 from .finished import fill_in, find_finished, share_finished
 from .prune import make_recipe, prune_by_blocks, start_of
@@ -76,11 +77,14 @@ def run_trial(spec: TrialSpec, context: TrialContext, work: Work | None = None) 
         if spec.fidelity < FULL_FIDELITY or not _reuse(spec, context, outcome):
             _run(spec, context, outcome, work)
             share_finished(spec, context, outcome)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _fail(outcome, f"out of memory: {error}. Lower data.batch_size.")
     except Exception as error:  # whatever a foreign model does is this trial's failure alone
+        if is_disk_full(error):
+            raise  # not the trial's fault: the run is broken off
         where = traceback.extract_tb(error.__traceback__)[-1]
-        _fail(outcome, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})")
+        message = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+        if _is_out_of_memory(error):
+            message = f"out of memory: {error}. Lower data.batch_size."
+        _fail(outcome, message)
     result.finished_at = time.time()
     return outcome
 
@@ -268,6 +272,11 @@ def _report(
         result.message = "; ".join(f"violates {k} by {v:.4g}" for k, v in broken.items())
     elif not full:
         result.status = TrialStatus.EARLY_STOPPED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "CPUAllocator" in str(error)
 
 
 def _fail(outcome: TrialOutcome, message: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import faulthandler
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 TIMEOUT_GRACE_S = 10.0
+STDERR = 2  # Ray's log of the worker, whatever Python's `sys.stderr` is
 
 
 @contextmanager
 def watchdog(limit_s: float | None) -> Iterator[None]:
-    """Ends a trial that takes too long: an exception where Python runs, else the process."""
+    """Ends a trial that takes too long: an exception where Python runs, else the process.
+
+    The process is ended by a thread that needs no interpreter lock: native code may hold it. Where
+    it hung is then the last thing in the process's standard error.
+    """
     if limit_s is None:
         yield
         return
@@ -24,12 +28,10 @@ def watchdog(limit_s: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
-    killer = threading.Timer(limit_s + TIMEOUT_GRACE_S, os._exit, args=(124,))
-    killer.daemon = True
-    killer.start()
+    faulthandler.dump_traceback_later(limit_s + TIMEOUT_GRACE_S, exit=True, file=STDERR)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        killer.cancel()
+        faulthandler.cancel_dump_traceback_later()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,12 +20,13 @@ from ..methods.surgery import Recipe
 from .cache import user_shelf
 from .config import SearchConfig
 from .context import TrialContext, TrialSpec
+from .deaths import Place, own_log
 from .finished import FinishedTrials
 from .keeper import shares
 from .setup import load_state, make_model, make_task, trial_device, unpack_images
 from .shelf import Packed
 from .trial import run_trial
-from .watchdog import watchdog
+from .watchdog import STDERR, watchdog
 from .work import Work, put_down, take_up
 
 MOST_PAUSED = 4  # waiting trials in a worker's memory; each is a model and its momentum
@@ -39,6 +41,8 @@ class Worker(tune.Trainable):
         self._spec = config
         self._paused: dict[str, Work] = {}  # the last few trials that wait at a rung
         self._keeper = parts["keeper"]
+        self._place = Place(ray.get_runtime_context().get_node_id(), own_log())
+        faulthandler.enable(file=STDERR, all_threads=False)
         search: SearchConfig = parts["config"]
         torch.set_num_threads(max(1, int(search.resources.cpu)))
         device = trial_device(search)
@@ -66,6 +70,7 @@ class Worker(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Runs the trial to its next rung."""
         spec = TrialSpec.from_mapping(self._spec)
+        ray.get(self._keeper.began.remote(spec.trial_id, self._place))
         with watchdog(self._context.config.resources.trial_timeout_s):
             outcome = run_trial(spec, self._context, self._take_up(spec))
         if outcome.work is not None:

@@ -27,7 +27,7 @@ from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.runs import Run
 from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
 from prunesearch.search.space import Space
-from prunesearch.search.store import RUNGS, Store, read_results
+from prunesearch.search.store import RUNGS, LedgerError, Store, read_results
 from prunesearch.search.tables import runs_table, status_of, status_table
 
 BASELINE = Baseline(0.9, 0.3, 1000, 100, 1.0, "trained", 1, 0.0, latency_ms=2.0)
@@ -128,7 +128,8 @@ def test_every_trial_is_proposed_once_and_recorded(bench):
 def test_trials_run_side_by_side_and_may_end_in_any_order(bench):
     coordinator = bench.open(config(6, seeds=False))
     specs = [ask(coordinator) for _ in range(6)]
-    assert coordinator.done and None not in specs
+    assert coordinator.next() is None and None not in specs
+    assert not coordinator.done  # one may need another attempt
     for spec in reversed(specs):
         coordinator.finish(ended(spec))
     assert len(coordinator.results) == 6
@@ -547,6 +548,74 @@ def test_fail_makes_a_row_and_the_search_goes_on(bench):
     assert row.candidate == spec.candidate_json and row.seed == spec.seed
     assert row.finished_at and not row.on_front
     assert len(coordinator.front) == 2
+
+
+def test_what_came_from_outside_is_tried_again_as_often_as_the_config_says(bench):
+    coordinator = bench.open(config(3, seeds=False))
+    spec = ask(coordinator)
+    for attempt in range(2):
+        coordinator.fail(spec.trial_id, "its node was lost", again=True)
+        assert not coordinator.results and not coordinator.done
+        again = ask(coordinator)
+        assert again == spec, attempt
+    coordinator.fail(spec.trial_id, "its worker was killed", again=True)
+    row = coordinator.results[spec.trial_id]
+    assert row.status is TrialStatus.FAILED
+    assert row.message == "its worker was killed; attempt 3, after: its node was lost"
+    second = ask(coordinator)
+    coordinator.fail(second.trial_id, "its node was lost", again=True)
+    assert ask(coordinator) == second
+    coordinator.finish(ended(second))
+    row = coordinator.results[second.trial_id]
+    assert row.status is TrialStatus.COMPLETED
+    assert row.message == "attempt 2, after: its node was lost"
+    assert len(drain(coordinator)) == 1 and coordinator.done
+    coordinator.close()
+
+
+def test_a_stop_leaves_a_trial_that_waits_for_another_attempt_to_the_resume(bench):
+    coordinator = bench.open(config(2, seeds=False))
+    spec = ask(coordinator)
+    coordinator.fail(spec.trial_id, "its node was lost", again=True)
+    coordinator.stop("asked to")
+    assert coordinator.done and coordinator.next() is None and coordinator.stopped == "asked to"
+    coordinator.close()
+    again = bench.open(config(2, seeds=False))
+    assert [s.trial_id for s in drain(again)] == [trial_id(0), trial_id(1)]
+    again.close()
+
+
+def test_a_folder_that_cannot_be_written_breaks_the_search_off_and_loses_nothing(bench):
+    """What ended meanwhile is stored as soon as that can be done, at the latest by a resume."""
+    coordinator = bench.open(config(4, seeds=False))
+    first, second = ask(coordinator), ask(coordinator)
+    coordinator.finish(ended(first))
+    trials = coordinator.store.trials_dir
+    trials.rename(trials.with_name("aside"))
+    trials.write_text("a file where the folder was")  # root may write where permissions forbid it
+    coordinator.finish(ended(second))
+    assert coordinator.done and "cannot be written" in coordinator.stopped
+    with pytest.raises(LedgerError, match="cannot be written"):
+        coordinator.close()
+    trials.unlink()
+    trials.with_name("aside").rename(trials)
+    assert [row.trial_id for row in Store(bench.folder).read()] == [first.trial_id]
+    again = bench.open(config(4, seeds=False))
+    assert [s.trial_id for s in drain(again)] == [trial_id(n) for n in (1, 2, 3)]
+    again.close()
+
+
+def test_a_row_that_could_not_be_stored_is_stored_at_the_end(bench):
+    coordinator = bench.open(config(4, seeds=False))
+    spec = ask(coordinator)
+    trials = coordinator.store.trials_dir
+    trials.parent.mkdir(parents=True, exist_ok=True)
+    trials.write_text("a file where the folder was")
+    coordinator.finish(ended(spec))
+    trials.unlink()
+    with pytest.raises(LedgerError):  # the search is not over, and must not look so
+        coordinator.close()
+    assert [row.trial_id for row in Store(bench.folder).read()] == [spec.trial_id]
 
 
 def finish_with_files(coordinator: Coordinator, folder: Path, accuracy: float) -> list[Path]:

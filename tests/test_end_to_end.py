@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,24 @@ def test_failures_are_rows_and_the_run_fails(tmp_path: Path) -> None:
     assert [str(r.status) for r in results] == ["failed"] * 3
     assert all("loss" in r.message for r in results)
     assert "Traceback" not in done.stderr
+
+
+def test_another_space_is_refused_or_accepted(finished: tuple[Run, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished[0].folder, tmp_path / "run")
+    change = ("--set", "space.keep.low=0.6")
+    refused = command("resume", folder, *change)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "  keep.low: 0.3 -> 0.6" in refused.stderr
+    assert Run(folder).config.space.keep.low == 0.3 and Run(folder).finished
+    done = command("extend", folder, "--trials", "3", *change, "--allow-space-change")
+    assert done.returncode == 0, done.stderr
+    assert "search space changed: keep.low: 0.3 -> 0.6" in done.stderr
+    rows = Run(folder).results()
+    assert len(rows) == 9
+    kept = [
+        fraction for row in rows[6:] for fraction in json.loads(row.candidate)["keep"].values()
+    ]
+    assert min(kept, default=1.0) >= 0.5  # whole channels: 0.6 of 16 are 10, of 8 are 5
 
 
 def _essence(run: Run) -> list[Any]:

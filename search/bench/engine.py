@@ -28,6 +28,7 @@ from ...methods.models.build import build_model
 from ..config import SearchConfig, parse_config
 from ..context import TrialSpec
 from ..coordinator import COMPACT_EVERY, Coordinator
+from ..deaths import cause_of_death
 from ..dense import Baseline
 from ..driver import run_trials
 from ..environment import environment
@@ -251,7 +252,14 @@ def engine(sampler: str, slots: int = 1, seconds: float | None = None) -> Iterat
 
 def _run(coordinator: Coordinator, slots: int, sleep_s: tuple[float, float]) -> None:
     trainable = tune.with_parameters(NoOp, sleep_s=sleep_s)
-    run_trials(coordinator, trainable, slots, lambda running: None, coordinator.config.resources)
+    run_trials(
+        coordinator,
+        trainable,
+        slots,
+        lambda running: None,
+        coordinator.config.resources,
+        lambda trial, error: cause_of_death(error, log=""),
+    )
 
 
 def _window(coordinator: _Timed, size: int) -> dict[str, Any]:
