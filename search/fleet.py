@@ -111,6 +111,8 @@ class Fleet:
 
 def _read_log(place: Place) -> str:
     """The end of a dead worker's log, wherever it lies; empty where its node is gone too."""
+    if place.node_id not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+        return ""
     if place.node_id == ray.get_runtime_context().get_node_id():
         return read_tail(place.log)
     there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
