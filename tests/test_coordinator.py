@@ -515,6 +515,29 @@ def test_a_restart_proposes_exactly_what_is_missing(bench, plan, tmp_path, sampl
     assert len(Store(bench.folder).read()) == 10
 
 
+def test_a_clock_that_jumps_changes_nothing(bench, plan, tmp_path):
+    """Backwards by an hour in mid-run: the restart proposes what an undisturbed run would."""
+    settings = config(12, sampler="surrogate", early_stop=True)
+    undisturbed = Bench(plan, tmp_path / "steady").open(settings)
+    climb(undisturbed)
+    undisturbed.close()
+    first = bench.open(settings)
+    climb(first, 9)
+    first.close()
+    for row in Store(bench.folder).read()[::2]:
+        first.store.write_trial(dataclasses.replace(row, finished_at=row.finished_at - 3600))
+    again = bench.open(settings)
+    climb(again)
+    again.close()
+    rows = [(row.trial_id, row.status, row.candidate, row.accuracy) for row in (
+        again.results[name] for name in sorted(again.results)
+    )]  # fmt: skip
+    assert rows == [
+        (row.trial_id, row.status, row.candidate, row.accuracy)
+        for row in (undisturbed.results[name] for name in sorted(undisturbed.results))
+    ]
+
+
 def test_a_restart_knows_gaps_failures_duplicates_and_candidates(bench):
     settings = few_candidates(8)
     first = bench.open(settings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+BIN = Path(sys.executable).parent
 SUBNET = "10.213.77"
 PORT = 6379
 END_S = 30
@@ -94,7 +96,7 @@ class Network:
         with (self._folder / f"node{i}.log").open("ab") as log:
             self._processes[i] = subprocess.Popen(
                 self.inside(
-                    i, "ray", "start", *where, f"--node-ip-address={self.address(i)}",
+                    i, BIN / "ray", "start", *where, f"--node-ip-address={self.address(i)}",
                     "--block", "--disable-usage-stats", *options,
                 ),
                 stdout=log,
@@ -112,7 +114,7 @@ class Network:
         )
         while time.monotonic() < deadline:
             done = subprocess.run(
-                self.inside(0, "python", "-c", code),
+                self.inside(0, sys.executable, "-c", code),
                 capture_output=True, text=True, env=self.environment, timeout=100, check=False,
             )  # fmt: skip
             if done.stdout.strip() == str(num_nodes):
