@@ -350,7 +350,7 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
                 f"`prune-search resume {folder}`."
             )
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except LedgerError as error:
+    except (LedgerError, OSError) as error:
         complain(
             f"{error}. Every trial that finished before is stored. Make room or access, then "
             f"continue with `prune-search resume {folder}`."

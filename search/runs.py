@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,7 +313,7 @@ def _execute(
         if address not in LOCAL:
             wait_for_ray()  # before anything is written
         run_folder.enter_context(locked(folder))
-        run_folder.callback(lambda: _add_times(folder, clock.seconds))
+        run_folder.callback(_add_times, folder, clock.seconds)
         for line in warnings if new else ():
             progress.say(f"warning: {line}")
         if asked != config and config.recover.epochs > 0 and not config.search.early_stop:
@@ -439,4 +439,5 @@ class _Clock:
 def _add_times(folder: Path, seconds: Mapping[str, float]) -> None:
     path = folder / TIMES
     before = dict(read_json(path)) if path.exists() else {}
-    write_json(path, before | {k: before.get(k, 0.0) + v for k, v in seconds.items()})
+    with suppress(OSError):  # a full disk: what ended the run is the error to be told
+        write_json(path, before | {k: before.get(k, 0.0) + v for k, v in seconds.items()})
