@@ -26,7 +26,7 @@ from .interrupt import stopping_gently
 from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
-from .store import Store, atomic_write_bytes, read_json, write_json
+from .store import Store, atomic_write_bytes, read_json, sweep_unfinished, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -313,6 +313,7 @@ def _execute(
         if address not in LOCAL:
             wait_for_ray()  # before anything is written
         run_folder.enter_context(locked(folder))
+        sweep_unfinished(folder)
         run_folder.callback(_add_times, folder, clock.seconds)
         for line in warnings if new else ():
             progress.say(f"warning: {line}")

@@ -205,6 +205,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def sweep_unfinished(folder: str | Path) -> None:
+    """Deletes what writers left that were killed; nobody else may be writing in `folder`."""
+    for path in Path(folder).rglob("_*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` as indented JSON, atomically."""
     atomic_write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())

@@ -21,6 +21,7 @@ from prunesearch.search.store import (
     atomic_write_bytes,
     read_json,
     read_results,
+    sweep_unfinished,
     to_table,
     write_json,
 )
@@ -219,6 +220,19 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
     rows = Store(tmp_path).read()
     assert [row.trial_id for row in rows[: last + 1]] == [f"t{n:06d}" for n in range(last + 1)]
     assert len(rows) in (last + 1, last + 2)
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    fill(Store(tmp_path))
+    (tmp_path / "weights").mkdir()
+    for name in ("trials/_t9.parquet.0123.tmp", "weights/_t9.safetensors.0123.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    before = set(tmp_path.rglob("*"))
+    sweep_unfinished(tmp_path)
+    gone = {path.name for path in before - set(tmp_path.rglob("*"))}
+    assert gone == {"_t9.parquet.0123.tmp", "_t9.safetensors.0123.tmp"}
+    assert len(Store(tmp_path).read()) == 3
 
 
 def test_older_files_get_defaults_and_newer_ones_are_refused(tmp_path: Path) -> None:
