@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ from .dense import Baseline
 from .early_stop import fidelities, ladder_of
 from .front import Front, reference_point
 from .plateau import Plateau, has_ended
-from .records import Candidate, TrialResult, TrialStatus
+from .records import TrialResult, TrialStatus
+from .rows import candidate_json, duplicate_row, failed_row, proposal_of, trial_id
 from .sampler import Proposal, Sampler, trial_seed
 from .seeds import Seed, default_seeds
 from .space import Space
 from .store import RUNGS, LedgerError, Store
 from .surrogate.features import Hints
-from .trial import with_provenance
 
 COMPACT_EVERY = 256
 HOPELESS = 8  # trials that fail before any succeeds: the cause is not the candidate
@@ -39,11 +38,6 @@ Listener = Callable[[TrialResult], None]
 class _Running(NamedTuple):
     proposal: Proposal
     spec: TrialSpec
-
-
-def trial_id(number: int) -> str:
-    """The ledger's name of trial `number`."""
-    return f"t{number:05d}"
 
 
 class Coordinator:
@@ -178,7 +172,7 @@ class Coordinator:
                 return self._start(proposal)
             self._duplicates.setdefault(first, []).append(proposal)
             if first in self.results:
-                self._record(proposal, _duplicate(proposal, self.results[first]))
+                self._record(proposal, duplicate_row(proposal, self.results[first]))
         return None
 
     def finish(self, result: TrialResult) -> None:
@@ -192,7 +186,7 @@ class Coordinator:
         self._ladder.report(result)
         self._record(proposal, result)
         for duplicate in self._duplicates.get(result.trial_id, []):
-            self._record(duplicate, _duplicate(duplicate, result))
+            self._record(duplicate, duplicate_row(duplicate, result))
         if self.remaining and self.stopped is None and not self.num_promotable:
             self._asking.prepare()  # at once, so that the freed worker does not wait for it
 
@@ -205,23 +199,12 @@ class Coordinator:
             again: Whether another attempt may end otherwise; then it gets one instead, as long as
                 `resources.max_retries` admits.
         """
-        proposal, spec = self._running[trial]
+        spec = self._running[trial].spec
         if again and len(self._deaths.get(trial, ())) < self.config.resources.max_retries:
             self._deaths.setdefault(trial, []).append(message)
             self._again.append(spec)
             return
-        failed = TrialStatus.FAILED
-        known = self.results.get(trial) or TrialResult(
-            trial_id=trial,
-            status=failed,
-            criterion=proposal.candidate.criterion,
-            candidate=spec.candidate_json,
-            dropped_blocks=list(proposal.candidate.dropped_blocks),
-            seed=spec.seed,
-        )
-        self.finish(
-            dataclasses.replace(known, status=failed, message=message, finished_at=time.time())
-        )
+        self.finish(failed_row(spec, self.results.get(trial), message))
 
     def close(self) -> None:
         """Ends the sampler's thread and leaves the ledger compact, with the front marked.
@@ -253,7 +236,7 @@ class Coordinator:
         spec = TrialSpec(
             trial_id=trial_id(proposal.number),
             candidate=proposal.candidate,
-            candidate_json=_candidate_json(proposal),
+            candidate_json=candidate_json(proposal),
             seed=trial_seed(self.config.search.seed, proposal.number),
             fidelity=self._rungs[0],
         )
@@ -262,7 +245,7 @@ class Coordinator:
 
     def _promoted(self, trial: str, fidelity: int) -> TrialSpec:
         row = self.results[trial]
-        proposal = _proposal(row)
+        proposal = proposal_of(row)
         spec = TrialSpec(trial, proposal.candidate, row.candidate, row.seed, fidelity, row)
         self._running[trial] = _Running(proposal, spec)
         return spec
@@ -352,7 +335,7 @@ class Coordinator:
     def _restore(self, results: Sequence[TrialResult], sampler: Sampler) -> None:
         for result in sorted(results, key=lambda r: (r.finished_at or 0.0, r.trial_id)):
             self._keep(result)
-        proposals = {trial: _proposal(self.results[trial]) for trial in sorted(self.results)}
+        proposals = {trial: proposal_of(self.results[trial]) for trial in sorted(self.results)}
         for trial, proposal in proposals.items():
             if self.results[trial].status is not TrialStatus.DUPLICATE:
                 self._by_candidate.setdefault(proposal.candidate.key, trial)
@@ -361,7 +344,7 @@ class Coordinator:
                 first = self._by_candidate.get(proposal.candidate.key, trial)
                 self._duplicates.setdefault(first, []).append(proposal)
                 if first != trial:
-                    self._renew(self.results[trial], _duplicate(proposal, self.results[first]))
+                    self._renew(self.results[trial], duplicate_row(proposal, self.results[first]))
         for trial, proposal in proposals.items():
             sampler.restore(proposal, self.results[trial])
 
@@ -370,42 +353,6 @@ class Coordinator:
         if (row.fidelity, row.message) != (now.fidelity, now.message):
             self.store.write_trial(now)
             self._keep(now)
-
-
-def _candidate_json(proposal: Proposal) -> str:
-    return with_provenance(proposal.candidate, proposal.provenance())
-
-
-def _proposal(result: TrialResult) -> Proposal:
-    data = json.loads(result.candidate)
-    return Proposal(
-        number=int(result.trial_id[1:]),
-        candidate=Candidate.from_mapping(data),
-        origin=data["origin"],
-        params=data["params"],
-        sampler_attrs=data["sampler_attrs"],
-    )
-
-
-def _duplicate(proposal: Proposal, first: TrialResult) -> TrialResult:
-    """The row of a candidate that is the same as an earlier one: its result, no cost."""
-    return dataclasses.replace(
-        first,
-        trial_id=trial_id(proposal.number),
-        status=TrialStatus.DUPLICATE,
-        message=f"same as {first.trial_id} ({first.status})",
-        on_front=False,
-        candidate=_candidate_json(proposal),
-        score_s=0.0,
-        prune_s=0.0,
-        finetune_s=0.0,
-        measure_s=0.0,
-        wait_s=0.0,
-        recipe=None,
-        weights=None,
-        started_at=time.time(),
-        finished_at=time.time(),
-    )
 
 
 def _deadline(config: SearchConfig) -> float | None:

@@ -153,3 +153,8 @@ def violations(constraints: Iterable[Constraint], result: TrialResult) -> dict[s
         value = result.metric(constraint.metric)
         found[str(constraint)] = math.inf if value is None else constraint.violation(value)
     return found
+
+
+def with_provenance(candidate: Candidate, provenance: Mapping[str, object]) -> str:
+    """The candidate's JSON for the ledger, with where it came from beside it."""
+    return json.dumps(json.loads(candidate.to_json()) | dict(provenance), sort_keys=True)

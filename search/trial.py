@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import platform
 import time
@@ -25,7 +24,7 @@ from .deaths import is_disk_full
 from .early_stop import RISING
 from .finished import fill_in, find_finished, share_finished
 from .prune import make_recipe, prune_by_blocks, start_of
-from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
+from .records import FULL_FIDELITY, TrialResult, TrialStatus, violations
 from .work import Work, make_training
 
 
@@ -294,8 +293,3 @@ def _clock(result: TrialResult, column: str) -> Iterator[None]:
     finally:
         spent = time.perf_counter() - start - (result.wait_s - waited)
         setattr(result, column, getattr(result, column) + spent)
-
-
-def with_provenance(candidate: Candidate, provenance: Mapping[str, object]) -> str:
-    """The candidate's JSON for the ledger, with where it came from beside it."""
-    return json.dumps(json.loads(candidate.to_json()) | dict(provenance), sort_keys=True)

@@ -21,9 +21,10 @@ from prunesearch.methods.surgery import PruningPlan
 from prunesearch.search.asking import AskAhead
 from prunesearch.search.config import SearchConfig, dump_config, parse_config
 from prunesearch.search.context import TrialSpec
-from prunesearch.search.coordinator import HOPELESS, Coordinator, trial_id
+from prunesearch.search.coordinator import HOPELESS, Coordinator
 from prunesearch.search.dense import Baseline
 from prunesearch.search.records import TrialResult, TrialStatus
+from prunesearch.search.rows import trial_id
 from prunesearch.search.runs import Run
 from prunesearch.search.sampler import SUBSTITUTE, Proposal, Sampler
 from prunesearch.search.space import Space

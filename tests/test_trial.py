@@ -18,7 +18,7 @@ from prunesearch.search.config import ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
 from prunesearch.search.keeper import Keeper
-from prunesearch.search.records import Candidate, TrialResult, TrialStatus
+from prunesearch.search.records import Candidate, TrialResult, TrialStatus, with_provenance
 from prunesearch.search.setup import (
     Problem,
     load_state,
@@ -29,7 +29,7 @@ from prunesearch.search.setup import (
 )
 from prunesearch.search.shelf import address
 from prunesearch.search.store import SCHEMA
-from prunesearch.search.trial import TrialOutcome, run_trial, with_provenance
+from prunesearch.search.trial import TrialOutcome, run_trial
 from prunesearch.search.work import put_down, restore_work, take_up
 
 BLOCK = "layer2.1"

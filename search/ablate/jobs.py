@@ -26,7 +26,7 @@ from ..context import TrialContext, TrialSpec
 from ..dense import prepare_dense
 from ..keeper import shares
 from ..prune import make_recipe
-from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus
+from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, with_provenance
 from ..setup import (
     Problem,
     draw_model,
@@ -38,7 +38,7 @@ from ..setup import (
     trial_device,
     unpack_images,
 )
-from ..trial import recover_and_measure, run_trial, with_provenance
+from ..trial import recover_and_measure, run_trial
 from .study import Row
 
 

@@ -26,11 +26,11 @@ from ..config import SearchConfig, parse_config
 from ..context import TrialContext, TrialSpec
 from ..environment import environment
 from ..prune import make_recipe
-from ..records import Candidate, TrialStatus
+from ..records import Candidate, TrialStatus, with_provenance
 from ..setup import pose
 from ..space import Space
 from ..surrogate.variation import Variation
-from ..trial import TrialOutcome, run_trial, with_provenance
+from ..trial import TrialOutcome, run_trial
 from .common import spread, torch_threads
 from .plain import PlainOutcome, plain_trial
 
