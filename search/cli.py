@@ -175,6 +175,15 @@ def front(
 
 
 @app.command()
+def journal(run_dir: RunDir) -> None:
+    """Write RUN_DIR/study.journal, which optuna-dashboard opens."""
+    from .journal import write_journal
+    from .runs import Run
+
+    out.print(str(write_journal(Run(run_dir))), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ablate(
     paper: Annotated[
         str, typer.Argument(metavar="PAPER", help="dsd, fgp, blockwipg, blocks or layers.")
