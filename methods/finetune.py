@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
+from .data_parallel import Replicas
 from .trace import evaluating
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -135,6 +137,7 @@ class Finetuning:
         options: The whole training.
         generator: Draws the batches and the augmentation.
         teacher: The dense model; needed when `options.distill` > 0.
+        devices: Further devices that share each batch with the task's.
     """
 
     def __init__(
@@ -145,8 +148,10 @@ class Finetuning:
         *,
         generator: torch.Generator,
         teacher: nn.Module | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self.step = 0
+        self._devices = tuple(devices)
         self._model, self._task, self._options = model, task, options
         self._generator, self._teacher = generator, teacher
         self._sizes = epoch_sizes(options.epochs, task.num_train)
@@ -156,7 +161,7 @@ class Finetuning:
         self._momentum: dict[str, Tensor] = {}  # by parameter
         self._losses: list[Tensor] = []  # of this epoch so far
         self._drawn = generator.get_state()  # as this epoch began
-        self._dropout = _global_states(task.device)
+        self._dropout = _global_states([task.device, *self._devices])
 
     @property
     def num_steps(self) -> int:
@@ -176,21 +181,27 @@ class Finetuning:
             FloatingPointError: If the loss is no longer finite.
         """
         until = self.num_steps if until is None else min(until, self.num_steps)
-        _set_global_states(self._dropout, self._task.device)
+        _set_global_states(self._dropout, [self._task.device, *self._devices])
         self._generator.set_state(self._drawn)
         self._model.train()
+        with closing(Replicas(self._model, self._teacher, self._devices)) as replicas:
+            self._run(replicas, until, on_epoch)
+        self._dropout = _global_states([self._task.device, *self._devices])
+        self._model.eval()
+
+    def _run(
+        self, replicas: Replicas, until: int, on_epoch: Callable[[int, float], None] | None
+    ) -> None:
         while self.step < until:
             epoch = bisect_right(self._starts, self.step)
             first, last = self._starts[epoch - 1], self._starts[epoch]
-            self._train(epoch, self.step - first, min(until, last) - first)
+            self._train(replicas, epoch, self.step - first, min(until, last) - first)
             mean = self._mean_loss(epoch)
             if self.step < last:
                 break  # in the middle of an epoch
             self._losses, self._drawn = [], self._generator.get_state()
             if on_epoch is not None:
                 on_epoch(epoch, mean)
-        self._dropout = _global_states(self._task.device)
-        self._model.eval()
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on, beside the model's own weights; on the CPU."""
@@ -221,7 +232,7 @@ class Finetuning:
             if (buffer := state.get(f"momentum.{name}")) is not None:
                 self._momentum[name] = buffer.to(p.device, copy=True)
 
-    def _train(self, epoch: int, begin: int, end: int) -> None:
+    def _train(self, replicas: Replicas, epoch: int, begin: int, end: int) -> None:
         """Trains on the batches from `begin` to before `end`; the others are drawn as before."""
         batches = self._task.train_batches(
             self._generator,
@@ -229,18 +240,17 @@ class Finetuning:
             augment=self._options.augment,
         )
         for images, target in islice(batches, begin, end):
-            with torch.autocast(
-                images.device.type, dtype=torch.bfloat16, enabled=self._options.autocast
-            ):
-                loss = _loss(
-                    self._model, self._task, images, target, self._teacher, self._options.distill
-                )
-            for parameter in self._parameters.values():
-                parameter.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = replicas.backward(self._loss, images, target)
             self._descend(self._options.lr * self._rate(self.step))
-            self._losses.append(loss.detach())
+            self._losses.append(loss)
             self.step += 1
+
+    def _loss(
+        self, model: nn.Module, teacher: nn.Module | None, images: Tensor, target: Tensor
+    ) -> Tensor:
+        options = self._options
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=options.autocast):
+            return _loss(model, self._task, images, target, teacher, options.distill)
 
     def _descend(self, lr: float) -> None:
         """One step of torch's SGD, by its function: the class would import torch's compiler.
@@ -320,13 +330,14 @@ def _cosine(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _global_states(device: torch.device) -> list[Tensor]:
-    """States of torch's own generators, from which dropout draws."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+def _global_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    """States of torch's own generators, from which dropout draws: the CPU's and each GPU's."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
 
 
-def _set_global_states(states: Sequence[Tensor], device: torch.device) -> None:
+def _set_global_states(states: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    gpus = [device for device in devices if device.type == "cuda"]
+    for gpu, state in zip(gpus, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, gpu)

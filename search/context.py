@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..methods.measure import Latency
@@ -37,6 +38,7 @@ class TrialContext:
         shared: Scores and sparse-trained weights that the workers of a run share.
         data_digest: Content address of the data; computed when it is not given.
         finished: Trials that runs share when they have ended; None shares none.
+        devices: Further devices that share the fine-tuning with the task's.
         scores: Channel scores already at hand in this worker, by criterion.
     """
 
@@ -49,6 +51,7 @@ class TrialContext:
     shared: Shared = make_here
     data_digest: str = ""
     finished: FinishedTrials | None = None
+    devices: tuple[torch.device, ...] = ()
     scores: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

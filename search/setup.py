@@ -117,6 +117,11 @@ def trial_device(config: SearchConfig) -> torch.device:
     return torch.device("cpu")
 
 
+def further_devices(config: SearchConfig) -> tuple[torch.device, ...]:
+    """The GPUs that a trial has beside its first one; they share its fine-tuning."""
+    return tuple(torch.device("cuda", n) for n in range(1, math.ceil(config.resources.gpu)))
+
+
 def load_images(config: SearchConfig) -> ImageData:
     """The config's data, as the model needs it."""
     size = config.data.image_size or default_image_size(config.model.name)

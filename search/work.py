@@ -134,7 +134,14 @@ def make_training(
         autocast=recover.autocast,
     )
     teacher = context.dense if recover.distill > 0 else None
-    return Finetuning(model, context.task, options, generator=generator, teacher=teacher)
+    return Finetuning(
+        model,
+        context.task,
+        options,
+        generator=generator,
+        teacher=teacher,
+        devices=context.devices,
+    )
 
 
 def _first_line(error: Exception) -> str:

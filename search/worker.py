@@ -23,7 +23,14 @@ from .context import TrialContext, TrialSpec
 from .deaths import Place, own_log
 from .finished import FinishedTrials
 from .keeper import shares
-from .setup import load_state, make_model, make_task, trial_device, unpack_images
+from .setup import (
+    further_devices,
+    load_state,
+    make_model,
+    make_task,
+    trial_device,
+    unpack_images,
+)
 from .shelf import Packed
 from .trial import run_trial
 from .watchdog import STDERR, watchdog
@@ -60,6 +67,7 @@ class Worker(tune.Trainable):
             shared=shares(parts["keeper"]),
             data_digest=parts["data_digest"],
             finished=_finished(parts["keeper"], search),
+            devices=further_devices(search),
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

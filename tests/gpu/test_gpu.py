@@ -81,3 +81,25 @@ def test_a_whole_search_on_one_gpu(tmp_path: Path) -> None:
     assert run.baseline["probe"]["gpu"]
     folder = run.export(tmp_path / "exported", minimize="macs")
     assert load_pruned(folder)(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two GPUs")
+def test_two_gpus_share_a_batch() -> None:
+    """The gradients of one GPU, to float32's rounding."""
+    from prunesearch.methods.data_parallel import Replicas
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5)).to("cuda:0")
+    images = torch.randn(16, 3, 8, 8, device="cuda:0")
+    target = torch.randint(5, (16,), device="cuda:0")
+
+    def loss_of(net: torch.nn.Module, _: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(net(x), y)
+
+    loss_of(model, None, images, target).backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    replicas = Replicas(model, None, [torch.device("cuda:1")])
+    replicas.backward(loss_of, images, target)
+    replicas.close()
+    for mine, alone in zip((p.grad for p in model.parameters()), expected, strict=True):
+        torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-6)
