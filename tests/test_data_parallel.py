@@ -106,7 +106,9 @@ def test_an_error_of_one_device_is_an_error_of_the_step() -> None:
 
 
 def test_finetuning_on_two_devices_learns_and_can_be_paused() -> None:
-    task = ClassificationTask(load_data("digits", image_size=8, limit=240), batch_size=32)
+    task = ClassificationTask(
+        load_data("digits", image_size=8, limit=240), batch_size=32, calibration_size=32
+    )
     options = FinetuneOptions(epochs=2, lr=0.05, distill=0.3)
     teacher = build_model("resnet20", num_classes=10).eval()
 
