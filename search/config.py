@@ -556,7 +556,9 @@ class ResourcesConfig(_Section):
     trial_timeout_s: float | None = Field(
         default=None, gt=0, description="seconds until a trial fails"
     )
-    max_retries: int = Field(default=2, ge=0, description="new attempts after a worker died")
+    max_retries: int = Field(
+        default=2, ge=0, description="new attempts where a worker was killed or its node was lost"
+    )
 
     @field_validator("gpu")
     @classmethod
