@@ -29,7 +29,8 @@ def test_widths_between_the_measured_ones_are_interpolated_and_dead_layers_cost_
     assert fraction(0.75, 1, 1, 1) == pytest.approx(0.8)
     assert fraction(0.75, 0.375, 1, 1) == pytest.approx((0.5 + 0.25) / 2)
     assert 0 <= fraction(0.01, 0.01, 1, 1) <= 0.1
-    assert LayerLatencies.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    write_json(tmp_path / "layers.json", dataclasses.asdict(found))
+    assert read_as(tmp_path / "layers.json", LayerLatencies) == found
 
 
 class Mixed(nn.Module):
