@@ -150,6 +150,11 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def printable(text: str) -> str:
+    """`text` with everything spelled out that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _flow(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_flow(item)}' for key, item in value.items())}}}"

@@ -1,7 +1,6 @@
 """The sensitivity table: additive by hand, monotone, exact costs, measured once a run."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
