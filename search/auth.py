@@ -53,6 +53,26 @@ def prepare_token() -> None:
         ) from error
 
 
+def private_folder() -> Path:
+    """Where a local Ray puts its sockets, logs and code: no other user can enter.
+
+    Ray's own choice, /tmp/ray, is writable by everybody.
+
+    Raises:
+        ConfigError: If somebody else was there first.
+    """
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folder = Path(base) / f"prune-search-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"`{folder}` must be a folder of yours that nobody else can enter: Ray puts its "
+            "sockets there. Delete it, or name another place in RAY_TMPDIR."
+        )
+    return folder / "ray"  # Ray opens this one to everybody
+
+
 def wants_token() -> bool:
     """Whether a Ray that is started here asks for a token: yes, unless the user says no."""
     return os.environ.get(MODE, "token").lower() == "token"

@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import ray
 from ray._private import ray_constants
 
-from .auth import prepare_token, wants_token, warn_if_open
+from .auth import prepare_token, private_folder, wants_token, warn_if_open
 from .config import ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
 
@@ -83,6 +83,7 @@ def connect(address: str | None) -> Iterator[None]:
     if local:
         prepare_token()
         options |= {"address": "local", "include_dashboard": False, "resources": {PROBE: 1}}
+        options |= {"_temp_dir": str(private_folder())}
     else:
         options |= {"address": address}
     try:

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .config import SearchConfig
 from .metrics import METRICS
 from .records import TrialResult, TrialStatus, violations
+from .rows import proposal_of
 from .store import atomic_write_bytes
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write_journal(run: Run) -> Path:
             directions=list(config.objectives.values()),
         )
         study.set_metric_names(list(config.objectives))
-    given = [json.loads(row.candidate)["params"] for row in rows]
+    given = [proposal_of(row).params for row in rows]
     dimensions = _dimensions(given)
     study.add_trials(
         [_trial(row, params, dimensions, config) for row, params in zip(rows, given, strict=True)]
@@ -104,7 +105,7 @@ def _trial(
         distributions={name: dimensions[name] for name in params},
         constraints=violations(config.constraints, row) if judged else None,
         user_attrs=facts
-        | {"origin": json.loads(row.candidate)["origin"]}
+        | {"origin": proposal_of(row).origin}
         | {name: value for name, value in measured.items() if value is not None},
     )
     if row.started_at is not None:

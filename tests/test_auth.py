@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from prunesearch.search import auth
-from prunesearch.search.auth import MODE, TOKEN, TOKEN_PATH, prepare_token, wants_token
+from prunesearch.search.auth import (
+    MODE,
+    TOKEN,
+    TOKEN_PATH,
+    prepare_token,
+    private_folder,
+    wants_token,
+)
 from prunesearch.search.config import ConfigError
 
 
@@ -97,6 +104,24 @@ def test_a_place_that_cannot_be_written_is_named(home: Path) -> None:
         prepare_token()
 
 
+def test_rays_files_are_where_nobody_else_can_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    folder = private_folder().parent
+    assert (
+        folder.parent == tmp_path and mode(folder) == 0o700 and private_folder().parent == folder
+    )
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="nobody else can enter.*RAY_TMPDIR"):
+        private_folder()
+    folder.rmdir()
+    (tmp_path / "of-another").mkdir(mode=0o700)
+    folder.symlink_to("of-another")
+    with pytest.raises(ConfigError, match="nobody else can enter"):
+        private_folder()
+
+
 # --- a real local Ray ------------------------------------------------------------------------
 
 LOCAL = """
@@ -171,7 +196,9 @@ def test_a_local_ray_asks_for_the_token_on_the_loopback_and_nothing_tells_it(
     assert mode(path) == 0o600
     assert facts["listening"] and all(map(_is_loopback, facts["listening"])), facts["listening"]
     assert token not in done.stdout + done.stderr
-    assert _files_with(token, Path(facts["session"])) == []
+    session = Path(facts["session"])
+    assert any(mode(folder) == 0o700 for folder in session.parents)
+    assert _files_with(token, session) == []
 
 
 def test_a_cluster_that_needs_no_token_is_warned_of(tmp_path: Path) -> None:
