@@ -189,7 +189,12 @@ def journal(run_dir: RunDir) -> None:
     from .journal import write_journal
     from .runs import Run
 
-    out.print(str(write_journal(Run(run_dir))), markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        str(checked(lambda: write_journal(Run(run_dir)))),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

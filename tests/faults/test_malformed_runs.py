@@ -225,6 +225,10 @@ def test_a_row_that_no_search_wrote_is_named(folder: Path) -> None:
     Store(folder).write_trial(row(2, candidate='{"keep": 3}'))
     ended = invoke("front", folder)
     assert ended.code == 0 and "not known" in ended.out
+    for params in (None, 3, ["a"], {"a": [1]}):
+        Store(folder).write_trial(row(2, candidate=json.dumps({"params": params})))
+        ended = invoke("journal", folder)
+        assert ended.code == 2 and "must have `params`" in ended.err, ended
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"garbage"])
