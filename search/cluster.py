@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import ray
 from ray._private import ray_constants
 
-from .auth import prepare_token, private_folder, wants_token, warn_if_open
+from .auth import MODE, TOKEN_PATH, prepare_token, private_folder, wants_token, warn_if_open
 from .config import ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
 
@@ -91,6 +91,11 @@ def connect(address: str | None) -> Iterator[None]:
             _init(options)
     except ConfigError:
         raise
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"`--address` (={address}) must be a cluster whose token you have: {error} Set "
+            f"{MODE}=token, and {TOKEN_PATH} to the file with its token."
+        ) from error
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
