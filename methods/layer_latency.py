@@ -36,12 +36,6 @@ class LayerLatencies:
     shares: tuple[float, ...]
     ratios: tuple[tuple[tuple[float, ...], ...], ...]
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LayerLatencies:
-        """From the plain values of its fields."""
-        ratios = tuple(tuple(map(tuple, layer)) for layer in data["ratios"])
-        return cls(tuple(data["shares"]), ratios)
-
     def fraction(
         self,
         outputs: NDArray[np.float64],

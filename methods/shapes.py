@@ -15,7 +15,7 @@ Attributes = dict[str, dict[str, Any]]
 
 
 def changed_attributes(dense: nn.Module, pruned: nn.Module) -> Attributes:
-    """Integer attributes (`in_channels`, `groups`, ...) that pruning changed, by module name.
+    """Integer attributes (`in_channels`, `groups`, ...) that pruning made smaller, by module name.
 
     Args:
         dense: The model as its constructor makes it.
@@ -29,7 +29,7 @@ def changed_attributes(dense: nn.Module, pruned: nn.Module) -> Attributes:
         new = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in vars(module).items()
-            if _is_shape(value) and value != getattr(before[name], key, value)
+            if _is_smaller(value, getattr(before[name], key, None))
         }
         if new:
             changed[name] = new
@@ -58,21 +58,23 @@ def rebuild(
     """
     modules = dict(model.named_modules())
     unknown = sorted({*dropped_blocks, *attributes} - modules.keys())
-    if unknown:
+    if unknown or "" in dropped_blocks:
+        shown = ", ".join(unknown[:5]) or "one without a name"
         raise ValueError(
-            f"the recipe names modules that the model does not have: {', '.join(unknown[:5])}. "
+            f"the recipe names modules that the model does not have: {shown}. "
             "Use the constructor that the recipe was made with."
         )
     for name in dropped_blocks:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
     for name, values in attributes.items():
-        for key, value in values.items():
-            setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
-    _resize(model, state)
+        _shrink(name, modules[name], values)
     try:
+        _check_numbers(model.state_dict(), state)
+        _resize(model, state)
         model.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
+        _check_widths(model)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the weights must fit the recipe: {error}. Export the member again."
         ) from error
@@ -87,10 +89,51 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _is_shape(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return bool(value) and all(_is_shape(item) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_smaller(new: Any, old: Any) -> bool:
+    """Whether `new` is a shape that pruning can make of `old`: whole numbers, none larger."""
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return new != old and all(
+            _is_smaller(a, b) or a == b for a, b in zip(new, old, strict=True)
+        )
+    return type(new) is int and type(old) is int and 0 < new < old
+
+
+def _shrink(name: str, module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Sets widths; nothing else of a module can be changed in this way, no method for example."""
+    for key, value in values.items():
+        new = tuple(value) if isinstance(value, list) else value
+        if not _is_smaller(new, vars(module).get(key)):
+            raise ValueError(
+                f"`attributes.{name}.{key}` (={value}) must be a width that pruning makes: "
+                f"{type(module).__name__} has {vars(module).get(key)} there. Export again."
+            )
+        setattr(module, key, new)
+
+
+def _check_numbers(dense: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        real = value.is_floating_point()
+        if name in dense and real != dense[name].is_floating_point():
+            raise ValueError(f"{name} holds {value.dtype}, the model {dense[name].dtype}")
+        if real and not value.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def _check_widths(model: nn.Module) -> None:
+    """Compares the weights of ordinary layers with the widths that the layers tell."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            told: tuple[int, ...] = (module.out_features, module.in_features)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            told = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
+            told = (module.num_features,)
+        else:
+            continue
+        if tuple(module.weight.shape) != told:
+            raise ValueError(
+                f"{name}.weight has shape {list(module.weight.shape)}, and its layer {list(told)}"
+            )
 
 
 def _resize(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .blocks import remove_blocks
 from .slicing import Side, clone, slice_channels
 
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -46,13 +47,17 @@ class Recipe:
         Raises:
             ValueError: If the text is not such a recipe.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or not {"dropped_blocks", "kept"} <= data.keys():
-            raise ValueError("a recipe must be a JSON object with `dropped_blocks` and `kept`.")
-        return cls(
-            dropped_blocks=tuple(str(name) for name in data["dropped_blocks"]),
-            kept={str(g): tuple(int(i) for i in idx) for g, idx in data["kept"].items()},
-        )
+        try:
+            data = json.loads(text)
+            return cls(
+                dropped_blocks=tuple(str(name) for name in data["dropped_blocks"]),
+                kept={str(g): tuple(int(i) for i in idx) for g, idx in data["kept"].items()},
+            )
+        except _MALFORMED as error:
+            raise ValueError(
+                "a recipe must be a JSON object with `dropped_blocks` and `kept`: "
+                f"{type(error).__name__}: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .config import CacheConfig
+from .config import CacheConfig, ConfigError
 from .shelf import LEASE_S, RESULTS, TRIMMED, Lock, Packed, Shelf, address, cache_dir
 
 if TYPE_CHECKING:
@@ -50,10 +50,20 @@ class Made:
 
     @classmethod
     def unpack(cls, packed: Packed) -> Made:
-        """Inverse of `pack`."""
+        """Inverse of `pack`.
+
+        Raises:
+            ConfigError: If somebody else packed it, and not in this way.
+        """
         from safetensors.torch import load
 
-        return cls(load(packed.tensors) if packed.tensors else {}, packed.info)
+        try:
+            return cls(load(packed.tensors) if packed.tensors else {}, packed.info)
+        except Exception as error:  # of damaged tensors the library raises several kinds
+            raise ConfigError(
+                f"`{SHARED}/{packed.name}` must hold tensors: {error}. Delete that folder, here "
+                "and in the folder that `prune-search cache` names."
+            ) from error
 
 
 class Shared(Protocol):
@@ -252,7 +262,7 @@ class Cache:
 
     def _failure(self, name: str) -> str | None:
         found = None if self._run is None else self._run.get(address(_failure_key(name)))
-        return None if found is None else str(found.info["message"])
+        return None if found is None else str(found.info.get("message"))
 
     def _lock(self, name: str) -> bool:
         """Whether no other run is making the result; from now on this one is."""

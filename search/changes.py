@@ -46,7 +46,13 @@ def settle_changes(folder: Path, problem: Problem, *, allow_space_change: bool) 
         remember(folder, problem)
         return []
     now = _fixed(problem)
-    before = _with_defaults(read_json(folder / FIXED))
+    try:
+        before = _with_defaults(read_json(folder / FIXED))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`{folder / FIXED}` must hold what the run began with: {error}. Restore it "
+            "from a copy, or delete it: the config of now counts then."
+        ) from error
     meaning = list(_differences(before["meaning"], now["meaning"]))
     if meaning:
         raise ConfigError(

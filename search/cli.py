@@ -21,6 +21,7 @@ from .cli_common import (
     RunDir,
     SpaceChange,
     Trials,
+    checked,
     complain,
     err,
     import_user_code,
@@ -56,6 +57,9 @@ def main() -> None:
     except KeyboardInterrupt:
         complain("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:  # a file that cannot be read or written
+        complain(f"{error}.")
+        sys.exit(EXIT_FAILED)
 
 
 @app.command("run")
@@ -145,7 +149,12 @@ def list_command(
     from .runs import Run, find_runs
     from .tables import runs_table, status_of
 
-    found = [status_of(Run(folder)) for folder in find_runs(results_dir)]
+    found = []
+    for folder in find_runs(results_dir):
+        try:
+            found.append(status_of(Run(folder)))
+        except ConfigError as error:  # the others are shown
+            complain(str(error))
     out.print_json(json.dumps(found)) if as_json else out.print(runs_table(found, results_dir))
 
 
@@ -180,7 +189,12 @@ def journal(run_dir: RunDir) -> None:
     from .journal import write_journal
     from .runs import Run
 
-    out.print(str(write_journal(Run(run_dir))), markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        str(checked(lambda: write_journal(Run(run_dir)))),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -286,7 +300,9 @@ def export(
         raise ConfigError("`--where` must not be combined with `--trial`: it would be ignored.")
     run = Run(run_dir)
     import_user_code(run.config)
-    run.export(out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ())
+    checked(lambda: run.export(
+        out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ()
+    ))  # fmt: skip
     summary = export_summary(out_dir)
     if as_json:
         out.print_json(json.dumps(summary))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .yaml_source import ConfigError
+from .yaml_source import ConfigError, printable
 
 if TYPE_CHECKING:
     from .config import SearchConfig
 
-out = Console()
-err = Console(stderr=True)
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # texts of others may hold brackets
+out = Console(**PLAIN)
+err = Console(stderr=True, **PLAIN)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The search's config.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
@@ -66,9 +67,9 @@ def print_wide(table: Any) -> None:
     if out.is_terminal:
         out.print(table)
     else:
-        Console(width=160, file=out.file).print(table)
+        Console(width=160, file=out.file, **PLAIN).print(table)
 
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    err.print(f"prune-search: {message}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"prune-search: {printable(message)}", markup=False, highlight=False, soft_wrap=True)

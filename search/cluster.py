@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else Ray packages the folder
@@ -21,7 +21,9 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
+from ray._private import ray_constants
 
+from .auth import MODE, TOKEN_PATH, prepare_token, private_folder, wants_token, warn_if_open
 from .config import ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
 
@@ -58,6 +60,8 @@ def check_local(config: SearchConfig) -> None:
 def connect(address: str | None) -> Iterator[None]:
     """Starts a local Ray, or connects to the cluster at `address`; disconnects at the end.
 
+    A local Ray asks for a token and listens on the loopback interface only.
+
     Args:
         address: None or `local` for a Ray of one's own; `auto` or `HOST:PORT` for the cluster
             that this machine is a node of. A Ray that this process is connected to already is
@@ -75,20 +79,31 @@ def connect(address: str | None) -> Iterator[None]:
             "cannot run through a Ray client. Run the command on a node with --address auto."
         )
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address in (None, "local"):
+    local = address in (None, "local")
+    if local:
+        prepare_token()
         options |= {"address": "local", "include_dashboard": False, "resources": {PROBE: 1}}
+        options |= {"_temp_dir": str(private_folder())}
     else:
         options |= {"address": address}
     try:
-        _init(options)
+        with _on_loopback() if local else nullcontext():
+            _init(options)
     except ConfigError:
         raise
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"`--address` (={address}) must be a cluster whose token you have: {error} Set "
+            f"{MODE}=token, and {TOKEN_PATH} to the file with its token."
+        ) from error
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
             "`ray start --head --resources '{\"latency_probe\": 1}'`, or leave --address out."
         ) from error
     try:
+        if not (local and wants_token()):
+            warn_if_open(ray.get_runtime_context().gcs_address)
         yield
     finally:
         ray.shutdown()
@@ -128,6 +143,17 @@ def connecting(address: str | None) -> Iterator[Callable[[], None]]:
             over.set()
             if thread.ident is not None:
                 thread.join()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts inside listens on 127.0.0.1 only, as on a Mac."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -217,8 +217,8 @@ class DataConfig(_Section):
 
     name: str = Field(min_length=1, description="a data set's name", examples=["digits"])
     root: str | None = Field(default=None, min_length=1, description="the folder of the files")
-    image_size: int | None = Field(default=None, ge=8, description="pixels a side")
-    batch_size: int = Field(default=128, ge=2, description="images in a training batch")
+    image_size: int | None = Field(default=None, ge=8, le=2**14, description="pixels a side")
+    batch_size: int = Field(default=128, ge=2, le=2**20, description="images in a training batch")
     split: Annotated[tuple[float, float, float], Field(strict=False)] = Field(
         default=(0.7, 0.15, 0.15), description="the shares of train, val and test"
     )
@@ -248,7 +248,7 @@ class DataConfig(_Section):
 class BaselineConfig(_Section):
     """How the dense model is trained when there is no checkpoint."""
 
-    epochs: int = Field(default=30, ge=0, description="passes over the training images")
+    epochs: int = Field(default=30, ge=0, le=10**6, description="passes over the training images")
     lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
     weight_decay: float = Field(default=5e-4, ge=0, description="the weight decay of SGD")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="the momentum of SGD")
@@ -322,7 +322,7 @@ class KeepConfig(_Range):
         default=1.0, gt=0, le=1, description="the largest fraction of channels kept"
     )
     step: float | None = Field(
-        default=None, gt=0, lt=1, description="the step between two fractions; null for any"
+        default=None, ge=1e-4, lt=1, description="the step between two fractions; null for any"
     )
     round_to: int = Field(default=1, ge=1, description="kept channels are a multiple of it")
     scope: Literal["internal", "all"] = Field(
@@ -357,7 +357,7 @@ class DsdLambdaConfig(_Range):
     low: float = Field(default=1e-5, gt=0, description="the smallest strength")
     high: float = Field(default=1e-2, gt=0, description="the largest strength")
     log: bool = Field(default=True, description="whether the grid is even in the logarithm")
-    num: int = Field(default=7, ge=1, description="the number of values in the grid")
+    num: int = Field(default=7, ge=1, le=1000, description="the number of values in the grid")
 
     @model_validator(mode="after")
     def _enough_values(self) -> DsdLambdaConfig:
@@ -457,11 +457,13 @@ class ReconstructConfig(_Section):
     """Pruning block by block, each taught to answer noise as the dense one does (BlockWIPG)."""
 
     steps: int = Field(
-        default=0, ge=0, description="in how many steps widths are reached; 0 is off"
+        default=0, ge=0, le=1000, description="in how many steps widths are reached; 0 is off"
     )
     epochs: int = Field(default=10, ge=0, description="passes over the noise, a block and step")
     lr: float = Field(default=0.003, gt=0, description="Adam's learning rate")
-    num_vectors: int = Field(default=256, ge=2, description="noise images, a block and step")
+    num_vectors: int = Field(
+        default=256, ge=2, le=2**20, description="noise images, a block and step"
+    )
     labels: bool = Field(
         default=False, description="whether each block is also trained on labelled images"
     )
@@ -506,7 +508,7 @@ class SamplerConfig(_Section):
         default="surrogate", description="what proposes candidates"
     )
     trials: int = Field(
-        default=40, ge=1, description="the number of trials, seed candidates included"
+        default=40, ge=1, le=10**6, description="the number of trials, seed candidates included"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="the seed of everything random")
     seeds: bool = Field(default=True, description="whether known good candidates are tried first")
@@ -557,7 +559,10 @@ class ResourcesConfig(_Section):
         default=None, gt=0, description="seconds until a trial fails"
     )
     max_retries: int = Field(
-        default=2, ge=0, description="new attempts where a worker was killed or its node was lost"
+        default=2,
+        ge=0,
+        le=1000,
+        description="new attempts where a worker was killed or its node was lost",
     )
 
     @field_validator("gpu")
@@ -595,7 +600,9 @@ class CacheConfig(_Section):
 class AblateConfig(_Section):
     """What `prune-search ablate` holds fixed; a search does not read it."""
 
-    seeds: int = Field(default=3, ge=1, description="how many seeds; each trains its dense model")
+    seeds: int = Field(
+        default=3, ge=1, le=1000, description="how many seeds; each trains its dense model"
+    )
     k: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=1)
     ] = Field(

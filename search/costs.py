@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.layer_costs import LayerCosts
-from ..methods.layer_latency import LayerLatencies
+from ..methods.layer_latency import FRACTIONS, LayerLatencies
+from .config import ConfigError
 from .records import Candidate
 from .sensitivity import SensitivityTable
 from .setup import Problem
 from .space import FRACTION_OF, SELECT, Space
-from .store import read_json, write_json
+from .store import read_as, write_json
 
 BY_LATENCY = ("latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup")
 BY_MACS = ("macs", "peak_memory_mib", *BY_LATENCY)
@@ -120,8 +121,21 @@ def costs_of(
     layers = LayerCosts(problem.model, problem.plan, problem.task.example_input())
     path, latencies = run_dir / LAYERS, None
     if path.exists():
-        latencies = LayerLatencies.from_json(read_json(path))
+        latencies = _read_latencies(path, len(layers.calls))
     elif table is not None and any(name in BY_LATENCY for name in problem.config.objectives):
         latencies = measure_layers()
         write_json(path, dataclasses.asdict(latencies))
     return Costs(space, layers, table, latencies)
+
+
+def _read_latencies(path: Path, num_layers: int) -> LayerLatencies:
+    found = read_as(path, LayerLatencies)
+    square = all(
+        [len(row) for row in layer] == [len(FRACTIONS)] * len(FRACTIONS) for layer in found.ratios
+    )
+    if not (square and len(found.shares) == len(found.ratios) == num_layers):
+        raise ConfigError(
+            f"`{path}` must hold {num_layers} layers, each at {len(FRACTIONS)} by "
+            f"{len(FRACTIONS)} widths. Delete it: the layers are measured again."
+        )
+    return found

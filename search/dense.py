@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 
 from ..methods.finetune import finetune
 from ..methods.measure import count_macs, count_params, peak_memory_mib
@@ -18,7 +19,7 @@ from ..methods.shapes import copy_state
 from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError
 from .setup import Problem
-from .store import atomic_write_bytes, read_json, write_json
+from .store import atomic_write_bytes, read_as, write_json
 
 DENSE_WEIGHTS = "weights/dense.safetensors"
 BASELINE = "baseline.json"
@@ -53,8 +54,7 @@ class Baseline:
     @classmethod
     def read(cls, run_dir: Path) -> Baseline:
         """Reads `baseline.json`."""
-        data = read_json(run_dir / BASELINE)
-        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+        return read_as(run_dir / BASELINE, cls)
 
 
 def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
@@ -65,7 +65,7 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
     config, model, task = problem.config, problem.model, problem.task
     stored = run_dir / DENSE_WEIGHTS
     if stored.exists() and (run_dir / BASELINE).exists():
-        model.load_state_dict(load_file(stored))
+        _load(model, stored)
         return Baseline.read(run_dir)
     source, seconds = _dense_weights(problem, say)
     model.eval()
@@ -88,6 +88,16 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
 
 
 # --- its weights -----------------------------------------------------------------------------
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # of a damaged file the library raises several kinds
+        raise ConfigError(
+            f"`{path}` must hold the dense weights: {error}. Restore it from a copy, or "
+            "delete it: the same model is made again."
+        ) from error
 
 
 def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:

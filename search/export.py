@@ -11,14 +11,14 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from ..methods.models.build import build_model
+from ..methods.models.build import build_model, is_known_source
 from ..methods.shapes import changed_attributes, rebuild
 from .records import TrialResult, TrialStatus
 from .store import atomic_write_bytes, write_json
@@ -33,28 +33,51 @@ FORMAT = "prune-search/1"
 TOLERANCE = 1e-5
 
 
-def load_pruned(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+@dataclasses.dataclass
+class _Model:
+    name: str
+    kwargs: dict[str, Any]
+    num_classes: Annotated[int, Field(ge=1, le=10**6)]
+
+
+@dataclasses.dataclass
+class _Recipe:
+    """What loading needs of a recipe, for the check of its types."""
+
+    model: _Model
+    dropped_blocks: list[str]
+    attributes: dict[str, dict[str, Any]]
+
+
+def load_pruned(
+    folder: str | Path, *, model: nn.Module | None = None, run_code: bool = False
+) -> nn.Module:
     """Loads an exported model.
 
     Args:
         folder: What `prune-search export` wrote.
         model: The dense model, freshly constructed. None constructs the one that the recipe
-            names; a recipe that names `module:callable` imports and runs that code.
+            names.
+        run_code: Whether a recipe that names `module:callable` may import and call it, with the
+            arguments in the recipe. Only for a recipe that you trust as you trust a program.
 
     Returns:
         The pruned model in eval mode, on the CPU.
 
     Raises:
-        ValueError: If the folder is incomplete, or recipe, constructor and weights do not agree.
+        ValueError: If the folder is incomplete, if recipe, constructor and weights do not agree,
+            or if code would have to run that `run_code` does not allow.
     """
     recipe = read_recipe(folder)
-    path = Path(folder) / WEIGHTS
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"`{path}` must hold the weights: {error}. Export again.") from error
+    state = read_weights(Path(folder) / WEIGHTS)
     if model is None:
         spec = recipe["model"]
+        if not (run_code or is_known_source(spec["name"])):
+            raise ValueError(
+                f"`run_code` (=False) must be True to load this: the recipe in {folder} runs "
+                f"{spec['name']} with the arguments {spec['kwargs']}. If you trust it, pass "
+                "run_code=True, or build the dense model yourself and pass it as model."
+            )
         model = build_model(
             spec["name"], num_classes=int(spec["num_classes"]), kwargs=spec["kwargs"]
         )
@@ -70,7 +93,7 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RECIPE
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` must be an exported recipe: {error}. Export again.") from error
     keys = {"format", "model", "dropped_blocks", "attributes"}
     if not isinstance(recipe, dict) or not keys <= recipe.keys() or recipe["format"] != FORMAT:
@@ -79,7 +102,27 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
             f"{', '.join(sorted(keys))}. "
             "Export again with this version."
         )
+    try:
+        TypeAdapter(_Recipe).validate_python(recipe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"`{place}` of {path} must be of another kind: {first['msg']}. Export again."
+        ) from None
     return recipe
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:  # of a damaged file the library raises several kinds
+        raise ValueError(f"`{path}` must hold weights: {error}. Export again.") from error
 
 
 def export_member(run: Run, member: TrialResult, out: Path) -> Path:
@@ -117,7 +160,13 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
     pruned = make_model(config, task.num_classes, trained=False)
     apply(pruned, find_groups(config, dense, task.example_input(2)), recipe)
     weights = (run.folder / member.weights).read_bytes()
-    pruned.load_state_dict(load_file(run.folder / member.weights))
+    try:
+        pruned.load_state_dict(read_weights(run.folder / member.weights))
+    except RuntimeError as error:
+        raise ValueError(
+            f"`{run.folder / member.weights}` must hold the weights of {member.recipe}: {error}. "
+            "Choose another --trial."
+        ) from error
     document: dict[str, Any] = {
         "format": FORMAT,
         "model": {
@@ -142,7 +191,7 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
         unproven = Path(scratch) / out.name
         atomic_write_bytes(unproven / WEIGHTS, weights)
         write_json(unproven / RECIPE, document)
-        loaded = load_pruned(unproven)
+        loaded = load_pruned(unproven, run_code=True)  # as the config says
         document["parity"] = _parity(pruned.eval(), loaded, task.example_input(64))
         document["test"] = task.evaluate(loaded, "test")
         write_json(unproven / RECIPE, document)

@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from .config import SearchConfig
+from .config import ConfigError, SearchConfig
 from .metrics import METRICS
 from .records import TrialResult, TrialStatus, violations
 from .store import atomic_write_bytes
@@ -57,7 +57,7 @@ def write_journal(run: Run) -> Path:
             directions=list(config.objectives.values()),
         )
         study.set_metric_names(list(config.objectives))
-    given = [json.loads(row.candidate)["params"] for row in rows]
+    given = [_params(row) for row in rows]
     dimensions = _dimensions(given)
     study.add_trials(
         [_trial(row, params, dimensions, config) for row, params in zip(rows, given, strict=True)]
@@ -84,6 +84,16 @@ class _Lines(BaseJournalBackend):
         return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in self._logs)
 
 
+def _params(row: TrialResult) -> dict[str, Any]:
+    params = json.loads(row.candidate).get("params")
+    if isinstance(params, dict) and not any(isinstance(v, (list, dict)) for v in params.values()):
+        return params
+    raise ConfigError(
+        f"`candidate` of trial {row.trial_id} must have `params`, name to value: no search wrote "
+        "this row. Take its file out of trials/."
+    )
+
+
 def _trial(
     row: TrialResult,
     params: Mapping[str, Any],
@@ -104,7 +114,7 @@ def _trial(
         distributions={name: dimensions[name] for name in params},
         constraints=violations(config.constraints, row) if judged else None,
         user_attrs=facts
-        | {"origin": json.loads(row.candidate)["origin"]}
+        | {"origin": str(json.loads(row.candidate).get("origin", ""))}
         | {name: value for name, value in measured.items() if value is not None},
     )
     if row.started_at is not None:

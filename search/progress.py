@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from .records import TrialResult, TrialStatus
+from .yaml_source import printable
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator
@@ -40,7 +41,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Prints one line."""
         if self._console is not None:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def live(self, coordinator: Coordinator) -> Iterator[None]:
@@ -96,8 +97,10 @@ class Progress:
             return
         self._last_refresh = time.monotonic()
         table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
         for name, value in self._facts().items():
-            table.add_row(f"[dim]{name}", value)
+            table.add_row(name, value)
         self._live.update(table, refresh=True)
 
     def _facts(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 
+from .config import ConfigError
 from .context import TrialSpec
 from .records import Candidate, TrialResult, TrialStatus, with_provenance
 from .sampler import Proposal
@@ -22,15 +23,26 @@ def candidate_json(proposal: Proposal) -> str:
 
 
 def proposal_of(result: TrialResult) -> Proposal:
-    """The proposal that a row tells the end of."""
-    data = json.loads(result.candidate)
-    return Proposal(
-        number=int(result.trial_id[1:]),
-        candidate=Candidate.from_mapping(data),
-        origin=data["origin"],
-        params=data["params"],
-        sampler_attrs=data["sampler_attrs"],
-    )
+    """The proposal that a row tells the end of.
+
+    Raises:
+        ConfigError: If no search wrote the row.
+    """
+    try:
+        data = json.loads(result.candidate)
+        return Proposal(
+            number=int(result.trial_id[1:]),
+            candidate=Candidate.from_mapping(data),
+            origin=str(data["origin"]),
+            params=dict(data["params"]),
+            sampler_attrs=dict(data["sampler_attrs"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"`candidate` of trial {result.trial_id} must say what was tried: "
+            f"{type(error).__name__}: {error}. Take its file out of trials/ and resume: "
+            "the trial is run again."
+        ) from error
 
 
 def duplicate_row(proposal: Proposal, first: TrialResult) -> TrialResult:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import (
+    METRICS,
     ConfigError,
     SearchConfig,
     check_names,
@@ -26,7 +27,7 @@ from .interrupt import stopping_gently
 from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
-from .store import Store, atomic_write_bytes, read_json, sweep_unfinished, write_json
+from .store import Store, atomic_write_bytes, read_as, sweep_unfinished, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TIMES = "times.json"
+BASELINE = "baseline.json"
 LOCK = ".lock"
 LOCAL = (None, "local")
 
@@ -63,19 +65,26 @@ class Run:
     @property
     def baseline(self) -> dict[str, Any]:
         """The dense model's metrics (empty before it was measured)."""
-        path = self.folder / "baseline.json"
-        return dict(read_json(path)) if path.exists() else {}
+        path = self.folder / BASELINE
+        found = read_as(path, dict[str, Any]) if path.exists() else {}
+        for name in METRICS:
+            if type(found.get(name, 0.0)) not in (int, float, type(None)):
+                raise ConfigError(
+                    f"`{name}` of {path} must be a number: it was measured. Restore the "
+                    "file from a copy."
+                )
+        return found
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware of the machine that drove the run."""
-        return dict(read_json(self.folder / ENVIRONMENT))
+        return read_as(self.folder / ENVIRONMENT, dict[str, Any])
 
     @property
     def times(self) -> dict[str, float]:
         """Seconds of each part of the run, over all its sessions."""
         path = self.folder / TIMES
-        return dict(read_json(path)) if path.exists() else {}
+        return read_as(path, dict[str, float]) if path.exists() else {}
 
     def results(self) -> list[TrialResult]:
         """All finished trials."""
@@ -105,7 +114,13 @@ class Run:
         baseline, objectives = self.baseline, self.config.objectives
         if not baseline or any(baseline.get(metric, 0) is None for metric in objectives):
             return None  # the dense model is not wholly measured yet
-        return front_hypervolume(self.results(), baseline, objectives)
+        try:
+            return front_hypervolume(self.results(), baseline, objectives)
+        except KeyError as error:
+            raise ConfigError(
+                f"`{self.folder / BASELINE}` must hold {error}: it was measured. Restore the file "
+                "from a copy."
+            ) from error
 
     def choose(
         self,
@@ -207,8 +222,7 @@ def resume(
     """
     one = Run(Path(folder))
     config = load_config(one.folder / CONFIG, overrides)
-    if overrides:
-        check_names(config, one.folder / CONFIG, overrides)
+    check_names(config, one.folder / CONFIG, overrides)
     if trials is not None:
         results = one.results()
         if trials < len(results):
@@ -392,7 +406,7 @@ def _with_reference(
 def locked(folder: Path) -> Iterator[None]:
     """One driver a run folder; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    with (folder / LOCK).open("a") as lock:  # never cuts short what a link may lead to
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -439,6 +453,6 @@ class _Clock:
 
 def _add_times(folder: Path, seconds: Mapping[str, float]) -> None:
     path = folder / TIMES
-    before = dict(read_json(path)) if path.exists() else {}
+    before = read_as(path, dict[str, float]) if path.exists() else {}
     with suppress(OSError):  # a full disk: what ended the run is the error to be told
         write_json(path, before | {k: before.get(k, 0.0) + v for k, v in seconds.items()})

@@ -32,7 +32,7 @@ from .prune import make_recipe
 from .records import Candidate
 from .setup import Problem
 from .space import CRITERION, DSD, FRACTION_OF, NUM_BLOCKS, SELECT, Params, Space, block_name
-from .store import read_json, write_json
+from .store import read_as, write_json
 
 SENSITIVITY = "sensitivity.json"
 SHARE = 0.2  # of what the trials will cost, at most: so much fewer are seeds than without
@@ -151,12 +151,6 @@ class SensitivityTable:
         """Plain values."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SensitivityTable:
-        """Inverse of `to_json`."""
-        entries = tuple(Entry(**entry) for entry in data["entries"])
-        return cls(**{**data, "entries": entries, "blocks": tuple(data["blocks"])})
-
     def _alive(self, dimension: str, dropped: Sequence[str]) -> float:
         lost = self.lost.get(dimension)
         return 1.0 - sum(lost.get(block, 0.0) for block in dropped) if lost else 1.0
@@ -250,7 +244,7 @@ def measure_sensitivity(
     """
     config, path = problem.config, run_dir / SENSITIVITY
     if path.exists():
-        return SensitivityTable.from_json(read_json(path))
+        return read_as(path, SensitivityTable)
     if not (config.search.seeds and config.search.sensitivity):
         return None
     if any((run_dir / "trials").glob("*.parquet")):

@@ -31,7 +31,7 @@ from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError, SearchConfig
 from .digests import common_key, data_digest, weights_digest
 from .space import Space, max_blocks
-from .store import read_json, write_json
+from .store import read_as, write_json
 
 BLOCKS = "blocks.json"
 
@@ -192,7 +192,7 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
     config, path = problem.config, run_dir / BLOCKS
     drops: tuple[tuple[str, ...], ...] = ((),)
     if path.exists():
-        drops = tuple(map(tuple, read_json(path)["drops"]))
+        drops = _read_drops(path, problem.blocks)
     elif problem.blocks:
         cache = open_cache(config.cache, run_dir, say)
         made, waited = sharing_here(cache)(_ranking_key(problem), lambda: _rank(problem, say))
@@ -202,6 +202,25 @@ def make_space(problem: Problem, run_dir: Path, say: Say) -> Space:
             say(f"blocks were ranked by another run, {waited:.1f} s waited")
         say(f"blocks by {config.space.blocks.order}, first to go: {', '.join(drops[-1][:3])}")
     return Space(config.space, problem.plan, drops)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What a space needs of a stored ranking."""
+
+    drops: tuple[tuple[str, ...], ...]
+
+
+def _read_drops(path: Path, blocks: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    drops = read_as(path, _Ranked).drops
+    strangers = sorted({name for some in drops for name in some} - set(blocks))
+    if strangers or list(map(len, drops)) != list(range(len(drops))) or not drops:
+        raise ConfigError(
+            f"`drops` of {path} must be growing sets of removable blocks of this model"
+            f"{': not ' if strangers else ''}{', '.join(strangers[:3])}. Delete the file: the "
+            "blocks are ranked again."
+        )
+    return drops
 
 
 def _rank(problem: Problem, say: Say) -> Made:

@@ -35,6 +35,7 @@ TRIMMED = 0.9  # of the limit is left when it was exceeded: the next entries fin
 _NAME = re.compile(r"[a-z_]+-[0-9a-f]{24}")
 _ASIDE, _LOCKS = ".aside", ".locks"
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Packed:
         return cls((json.dumps(document) + "\n").encode(), tensors)
 
     @property
+    def name(self) -> str:
+        """Its address."""
+        return str(json.loads(self.entry)["name"])
+
+    @property
     def info(self) -> dict[str, Any]:
         """What is known of the result."""
         found: dict[str, Any] = json.loads(self.entry)["info"]
@@ -69,9 +75,9 @@ class Packed:
         try:
             document = json.loads(self.entry)
             body = {part: document[part] for part in ("name", "key", "info")}
-            checksum = _checksum(body, self.tensors)
-            return bool(body["name"] == name and document["checksum"] == checksum)
-        except (ValueError, KeyError, TypeError):
+            whole = document["checksum"] == _checksum(body, self.tensors)
+            return bool(whole and body["name"] == name and isinstance(body["info"], dict))
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
 
@@ -100,7 +106,9 @@ class Shelf:
             tensors = path / TENSORS
             entry = (path / ENTRY).read_bytes()
             packed = Packed(entry, tensors.read_bytes() if tensors.exists() else b"")
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
             packed = Packed(b"")
         if packed.is_whole(name):
             with contextlib.suppress(FileNotFoundError):  # thrown away meanwhile

@@ -306,7 +306,7 @@ class Space:
         """Whether the parameters are of this space and stand for that candidate in it."""
         try:
             return self.admits(params) and self.candidate(params) == candidate
-        except KeyError:
+        except (KeyError, ValueError, TypeError, IndexError):  # a foreign row too
             return False
 
     def _sparse_params(self, keep: float) -> Params:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 from rich.table import Table
 
 from .cache import SHARED
 from .plot import BLUE, GREY, INK, VERMILLION, new_figure, save_figure, tidy
 from .shelf import ENTRY
-from .store import read_json
+from .store import read_as, read_json
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +27,37 @@ PHASES = {
 }
 
 
+@dataclass
+class _Epoch:
+    epoch: int
+    phase: Literal["decoupling", "finetuning", "slimming"]
+    loss: float
+    seconds: float
+    near_zero: float
+    important: list[int]
+    redundant: list[int]
+
+
+@dataclass
+class _History:
+    bin_edges: Annotated[list[float], Field(min_length=2)]
+    epochs: Annotated[list[_Epoch], Field(min_length=1)]
+
+
+@dataclass
+class _Info:
+    dsd_lambda: float
+    dsd_q: float
+    dsd_epochs: float
+    accuracy: float
+    history: _History
+
+
+@dataclass
+class _Entry:
+    info: _Info
+
+
 def sparse_trainings(run_dir: Path) -> list[dict[str, Any]]:
     """What is stored of each sparse training of a run, by lambda, Q and epochs.
 
@@ -35,12 +68,21 @@ def sparse_trainings(run_dir: Path) -> list[dict[str, Any]]:
         ConfigError: If there is none.
     """
     entries = sorted((run_dir / SHARED).glob(f"sparse-*/{ENTRY}"))
-    found = [read_json(path)["info"] for path in entries]
+    found = [_info(path) for path in entries]
     if not found:
         raise ConfigError(
             f"`{run_dir}` must hold a sparse training: it has none. Name `dsd` in space.criteria."
         )
     return sorted(found, key=lambda made: (made["dsd_lambda"], made["dsd_q"], made["dsd_epochs"]))
+
+
+def _info(path: Path) -> dict[str, Any]:
+    """What an entry tells, checked."""
+    history = read_as(path, _Entry).info.history
+    counts = [bins for record in history.epochs for bins in (record.important, record.redundant)]
+    if any(len(bins) != len(history.bin_edges) - 1 for bins in counts):
+        raise ConfigError(f"`{path}` must count as many bins as it has. Delete its folder.")
+    return dict(read_json(path)["info"])
 
 
 def sparse_table(trainings: Sequence[dict[str, Any]]) -> Table:

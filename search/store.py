@@ -8,17 +8,20 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
-from .records import TrialResult, TrialStatus
+from .records import FULL_FIDELITY, TrialResult, TrialStatus
+from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
 SCHEMA_VERSION = 2  # 2: accuracy_by_fidelity
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them
+_SAFE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"  # a name that cannot lead out of its folder
+_DAMAGED = (  # what reading a file that is none of ours, or cut short, or changed, may raise
+    *(pa.ArrowException, OSError, ValueError, TypeError, KeyError),
+    *(AttributeError, ArithmeticError, RecursionError),
+)
 _VERSION_KEY = b"prune_search.schema_version"
 _TIME = pa.timestamp("us", tz="UTC")
 _METRICS = [
@@ -41,6 +49,8 @@ _OTHER_METRICS = [
     "speedup",
 ]
 _TIMES = ["score_s", "prune_s", "finetune_s", "measure_s", "wait_s"]
+
+T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -94,7 +104,7 @@ class Store:
         Raises:
             ValueError: If `trial_id` is not a safe file name.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", result.trial_id):
+        if not re.fullmatch(_SAFE, result.trial_id):
             raise ValueError(
                 f"`trial_id` (={result.trial_id!r}) must be letters, digits, dot, dash and"
                 " underscore: it names a file. Choose another."
@@ -168,12 +178,18 @@ class Store:
         paths = [path for path in self.trials_dir.glob("*.parquet") if path.name[0] not in "_."]
         paths = [path for path in paths if not (new_only and _number(path))]
         parts = {}
-        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, _number(path))):
+        for path in sorted(paths, key=lambda path: (path.lstat().st_mtime_ns, _number(path))):
             try:
-                parts[path] = _decode(path)
-            except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-                if isinstance(error, _NewerSchemaError) or getattr(error, "errno", None):
-                    raise  # a sound file that we may not or cannot read
+                if os.path.lexists(path) and not path.is_file():
+                    raise ValueError("it is no file")  # a pipe would be waited for
+                parts[path] = _sound_rows(path)
+            except _DAMAGED as error:
+                if isinstance(error, (_NewerSchemaError, FileNotFoundError)):
+                    raise
+                if isinstance(error, OSError) and error.errno:  # a sound file, as far as we know
+                    raise ConfigError(
+                        f"`{path}` must be readable: {error.strerror}. Correct its permissions."
+                    ) from error
                 _set_aside(path, error)
         return parts
 
@@ -220,17 +236,44 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: If it is not JSON, naming the file.
+        ConfigError: If it cannot be read or is not JSON, naming the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ConfigError(
+            f"`{path}` must be readable: {error.strerror}. Correct it or restore it from a copy."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
             f"`{path}` must be JSON: {error}. Delete it or restore it from a copy."
         ) from None
 
 
-class _NewerSchemaError(ValueError):
+def read_as(path: str | Path, kind: type[T]) -> T:
+    """Read a JSON file as a `kind`: a dataclass, or a type such as `dict[str, float]`.
+
+    Raises:
+        ConfigError: If the file holds anything else, naming the place.
+    """
+    data = read_json(path)
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ConfigError(
+            f"`{path}` must hold what prune-search wrote: {place}: {first['msg']}. Delete it or "
+            "restore it from a copy."
+        ) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+class _NewerSchemaError(ConfigError):
     """A sound file of a later version of this project."""
 
 
@@ -242,7 +285,34 @@ def _encode(results: Sequence[TrialResult]) -> bytes:
 
 
 def _decode(path: Path) -> list[TrialResult]:
-    """Rows of one file; columns that it does not have get their defaults."""
+    return [_from_row(row) for row in _plain_rows(path)]
+
+
+def _sound_rows(path: Path) -> list[TrialResult]:
+    """The rows of one file that can be read; a copy of the file keeps the others."""
+    rows, broken = [], []
+    for row in _plain_rows(path):
+        try:
+            rows.append(_from_row(row))
+        except _DAMAGED as error:
+            broken.append(error)
+    if broken and not rows:
+        raise broken[0]
+    if broken:
+        aside = path.with_name(f"_broken-{path.stem}")
+        with contextlib.suppress(OSError):  # a folder that we may only read
+            if not aside.exists():
+                shutil.copyfile(path, aside)
+        warnings.warn(
+            f"{len(broken)} of {len(rows) + len(broken)} rows of {path} cannot be read and are "
+            f"left out: {_first_line(broken[0])}. They stay in {aside.name}.",
+            stacklevel=6,
+        )
+    return rows
+
+
+def _plain_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of one file; columns that it does not have are left out."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
     with contextlib.closing(file):
         version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"1")
@@ -252,8 +322,12 @@ def _decode(path: Path) -> list[TrialResult]:
                 f" {SCHEMA_VERSION}: a newer prune-search wrote it. Upgrade prune-search."
             )
         known = [name for name in file.schema_arrow.names if name in SCHEMA.names]
-        rows = file.read(columns=known).to_pylist(maps_as_pydicts="strict")
-    return [_from_row(row) for row in rows]
+        table = file.read(columns=known)
+    wanted = pa.schema([SCHEMA.field(name) for name in table.column_names])
+    if table.schema.types != wanted.types:
+        table = table.cast(wanted)
+    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
+    return rows
 
 
 def _to_row(result: TrialResult) -> dict[str, Any]:
@@ -269,12 +343,32 @@ def _to_row(result: TrialResult) -> dict[str, Any]:
 
 
 def _from_row(row: dict[str, Any]) -> TrialResult:
-    values = {name: value for name, value in row.items() if value is not None}
+    values = {name: value for name, value in row.items() if _is_known(value)}
     values["status"] = TrialStatus(values["status"])
     for name in ("started_at", "finished_at"):
         if name in values:
             values[name] = values[name].timestamp()
-    return TrialResult(**values)
+    result = TrialResult(**values)
+    _check(result)
+    return result
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _check(row: TrialResult) -> None:
+    """Refuses a row that names files outside its run folder, or that no writer wrote."""
+    if not re.fullmatch(_SAFE, row.trial_id):
+        raise ValueError(f"trial_id {row.trial_id!r} is no name of a file")
+    for folder, path in (("recipes", row.recipe), ("weights", row.weights)):
+        if path is not None and not re.fullmatch(f"{folder}/{_SAFE}", path):
+            raise ValueError(f"{path!r} is no file in {folder}/")
+    if not isinstance(json.loads(row.candidate), dict):
+        raise ValueError("the candidate is no JSON object")
+    reached = max(row.fidelity, len(row.accuracy_by_fidelity) - 1)
+    if row.fidelity < 0 or reached > FULL_FIDELITY:
+        raise ValueError(f"there is no fidelity {reached}")
 
 
 def _merge(parts: Mapping[Path, list[TrialResult]]) -> list[TrialResult]:
@@ -306,10 +400,14 @@ def _set_aside(path: Path, error: Exception) -> None:
         fate = f"It is set aside as {aside.name}."
     except OSError as reason:
         fate = f"It could not be set aside ({reason.strerror})."
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
     warnings.warn(
-        f"{path} is not readable Parquet and is left out: {first_line}. {fate}", stacklevel=5
+        f"{path} is not readable Parquet and is left out: {_first_line(error)}. {fate}",
+        stacklevel=5,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from .early_stop import ladder_of, rank_correlations
 from .export import read_recipe
-from .records import TrialResult
+from .records import Candidate, TrialResult
 from .runs import Run
+from .yaml_source import printable
 
 PARTS = {
     "load_s": "load libraries, data and model",
@@ -94,7 +95,7 @@ def status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("front", f"{status['front']} members")
     table.add_row("hypervolume", "not yet" if volume is None else f"{volume:.4f}")
     for message, count in status["failures"].items():
-        table.add_row("failed", f"{count} x {message}")
+        table.add_row("failed", f"{count} x {printable(message)}")
     for row in correlation_rows(status["rank_correlations"]):
         table.add_row(*row)
     for part, label in PARTS.items():
@@ -269,7 +270,7 @@ _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")
 
 def _dense_row(baseline: Mapping[str, Any]) -> TrialResult:
     names = ("accuracy", "latency_ms", "macs", "num_params", "peak_memory_mib")
-    known = {name: baseline[name] for name in names}
+    known = {name: baseline.get(name) for name in names}
     return TrialResult("dense", status="completed", accuracy_drop=0.0, speedup=1.0, **known)  # type: ignore[arg-type]
 
 
@@ -291,19 +292,23 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def _choices(result: TrialResult) -> list[str]:
-    candidate = json.loads(result.candidate)
-    keep = candidate["keep"].values()
-    if candidate.get("dsd_lambda") is not None:
-        kept = f"{candidate['k']:.2f} after λ = {candidate['dsd_lambda']:.1g}"
-    elif candidate["select"] not in (None, "ratio"):
-        k = "" if candidate["k"] is None else f" {candidate['k']:.2f}"
-        kept = f"{candidate['select']}{k}"
-    elif keep:
-        kept = f"{min(keep):.2f} to {max(keep):.2f}"
-    else:
-        kept = "all"
-    blocks = ", ".join(result.dropped_blocks) or "none"
-    return [result.criterion or "", blocks, kept]
+    return [result.criterion or "", ", ".join(result.dropped_blocks) or "none", _kept(result)]
+
+
+def _kept(result: TrialResult) -> str:
+    try:
+        return _channels(Candidate.from_mapping(json.loads(result.candidate)))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "not known"  # no search wrote the row
+
+
+def _channels(one: Candidate) -> str:
+    keep = dict(one.keep).values()
+    if one.dsd_lambda is not None:
+        return f"{one.k:.2f} after λ = {one.dsd_lambda:.1g}"
+    if one.select not in (None, "ratio"):
+        return f"{one.select}" if one.k is None else f"{one.select} {one.k:.2f}"
+    return f"{min(keep):.2f} to {max(keep):.2f}" if keep else "all"
 
 
 def _wait(count: int) -> str:

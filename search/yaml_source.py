@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 
 from ..methods.names import nearest
 
 Loc = tuple[str | int, ...]
+MAX_DEPTH = 20  # sections in sections
+MAX_VALUES = 10_000  # aliases of aliases make a small file a large one
+INT64 = 2**63
+_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]+@", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -71,6 +75,8 @@ class Source:
                 f"{label}: `--set` (={assignment}) must have the form key.sub=value."
                 " Write for example --set search.trials=20."
             )
+        if len(parts) > MAX_DEPTH:
+            raise ConfigError(f"{label[:60]}: `--set` must name a key: no section is so deep.")
         node = self.data
         for depth, part in enumerate(parts[:-1], start=1):
             if node.get(part) is None:
@@ -83,7 +89,7 @@ class Source:
                     f" it has no key {parts[depth]}. Set the whole value instead."
                 )
         value = _parse(text, label, position=lambda line, column: label)
-        node[parts[-1]] = _plain(value, parts, Source(label), label)
+        node[parts[-1]] = _plain(value, parts, Source(f"--set {key}"), f"--set {key}")
         for positions in (self._keys, self._values):
             for loc in [loc for loc in positions if loc[: len(parts)] == parts]:
                 del positions[loc]
@@ -142,6 +148,11 @@ def show(value: object) -> str:
     """`value` as one short line, in YAML's words."""
     text = _flow(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def printable(text: str) -> str:
+    """`text` with everything spelled out that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _flow(value: object) -> str:
@@ -205,7 +216,7 @@ def _parse(text: str, label: str, position: Any) -> Any:
             f"{position(line, column)}: the text must hold printable characters only:"
             f" here is U+{code:04X}. Delete it."
         ) from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # the parser has bugs of its own on odd input
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{label}: the text must be valid YAML: {reason}. Correct it.") from None
 
@@ -234,10 +245,21 @@ def _plain(node: Any, loc: Loc, source: Source, label: str, above: tuple[int, ..
             f"{source.where(loc)}: `{dotted(loc)}` must not contain itself:"
             " the alias points to what encloses it. Write the value out."
         )
+    if len(loc) > MAX_DEPTH or len(source._values) > MAX_VALUES:
+        raise ConfigError(
+            f"{source.where(loc)}: the configuration must be at most {MAX_DEPTH} levels deep and"
+            f" {MAX_VALUES} values long, aliases written out. Correct it."
+        )
+    _refuse_tag(node, loc, source)
     if isinstance(node, Mapping):
         plain: dict[str, Any] = {}
         for key, value in node.items():
             at = (*loc, str(key))
+            if str(key) in plain:
+                raise ConfigError(
+                    f"{source.where(at)}: `{dotted(at)}` must be given once: it stands twice in"
+                    " one section, with and without quotes. Delete one of the two."
+                )
             _record(node, key, at, source, label)
             plain[str(key)] = _plain(value, at, source, label, (*above, id(node)))
         return plain
@@ -248,12 +270,30 @@ def _plain(node: Any, loc: Loc, source: Source, label: str, above: tuple[int, ..
             _plain(value, (*loc, index), source, label, (*above, id(node)))
             for index, value in enumerate(node)
         ]
-    if isinstance(node, TaggedScalar):
+    value = _scalar(node)
+    if isinstance(value, int) and not -INT64 <= value < INT64:
         raise ConfigError(
-            f"{source.where(loc)}: `{dotted(loc)}` (={show(node.value)}) must be plain YAML:"
-            f" the tag {node.tag.value} is not allowed. Delete the tag."
+            f"{source.where(loc)}: `{dotted(loc)}` must fit in 64 bits: the number is larger."
+            " Correct it."
         )
-    return _scalar(node)
+    if isinstance(value, str) and _PASSWORD.search(value):
+        raise ConfigError(
+            f"{source.where(loc)}: `{dotted(loc)}` must not hold a password: the configuration is"
+            " copied into the run folder. Leave `user:password@` out, and give it in the way"
+            " of the service: an environment variable, a file in your home."
+        )
+    return value
+
+
+def _refuse_tag(node: Any, loc: Loc, source: Source) -> None:
+    """A tag asks for an object of another type; none is made, whatever it is."""
+    tag = str(getattr(getattr(node, "tag", None), "value", None) or "")
+    if tag or isinstance(node, (bytes, Set)):
+        shown = show(node.value) if isinstance(node, TaggedScalar) else "..."
+        raise ConfigError(
+            f"{source.where(loc)}: `{dotted(loc)}` (={shown}) must be plain YAML:"
+            f" the tag {tag or 'here'} is not allowed. Delete the tag."
+        )
 
 
 def _scalar(node: Any) -> Any:

@@ -66,6 +66,20 @@ def test_run_folder_holds_the_contract(finished: tuple[Run, str]) -> None:
     assert torch.__version__.startswith(environment["libraries"]["torch"])
 
 
+def test_no_secret_is_in_the_run_folder(finished: tuple[Run, str]) -> None:
+    run, printed = finished
+    token = (Path.home() / ".ray" / "auth_token").read_bytes()
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert len(token) >= 32 and len(files) > 10
+    assert not [path for path in files if token in path.read_bytes()]
+    assert token.decode() not in printed
+    environment = run.environment
+    assert set(environment) <= {
+        "python", "system", "libraries", "host", "cpu", "cores", "torch", "device", "gpu",
+        "driver", "cuda", "cudnn",
+    }  # fmt: skip
+
+
 def test_pandas_and_duckdb_read_the_ledger(finished: tuple[Run, str]) -> None:
     run, _ = finished
     frame = pd.read_parquet(run.folder / "trials")

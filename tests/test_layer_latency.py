@@ -1,7 +1,6 @@
 """The latency of a model from its layers measured alone."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -12,9 +11,10 @@ from prunesearch.methods.groups import plan_pruning
 from prunesearch.methods.layer_costs import LayerCosts
 from prunesearch.methods.layer_latency import FRACTIONS, LayerLatencies, measure_layers
 from prunesearch.methods.models.build import build_model
+from prunesearch.search.store import read_as, write_json
 
 
-def test_widths_between_the_measured_ones_are_interpolated_and_dead_layers_cost_nothing():
+def test_widths_between_the_measured_ones_are_interpolated_and_dead_layers_cost_nothing(tmp_path):
     ratios = ((0.1, 0.2, 0.3), (0.2, 0.4, 0.6), (0.4, 0.6, 1.0))  # inputs down, outputs across
     found = LayerLatencies((0.75, 0.25), (ratios, ratios))
 
@@ -29,7 +29,8 @@ def test_widths_between_the_measured_ones_are_interpolated_and_dead_layers_cost_
     assert fraction(0.75, 1, 1, 1) == pytest.approx(0.8)
     assert fraction(0.75, 0.375, 1, 1) == pytest.approx((0.5 + 0.25) / 2)
     assert 0 <= fraction(0.01, 0.01, 1, 1) <= 0.1
-    assert LayerLatencies.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    write_json(tmp_path / "layers.json", dataclasses.asdict(found))
+    assert read_as(tmp_path / "layers.json", LayerLatencies) == found
 
 
 class Mixed(nn.Module):

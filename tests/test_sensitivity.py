@@ -1,7 +1,6 @@
 """The sensitivity table: additive by hand, monotone, exact costs, measured once a run."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from prunesearch.search.sensitivity import (
 )
 from prunesearch.search.setup import Problem, make_space, pose
 from prunesearch.search.space import Space
+from prunesearch.search.store import read_as, write_json
 
 STAGES = ("keep:stage1", "keep:stage2", "keep:stage3")
 
@@ -101,8 +101,9 @@ def test_a_mask_over_the_limit_counts_the_best_ranked_blocks(table):
     assert one.predict({"drop:a": True, "drop:b": True}).loss == pytest.approx(0.3)
 
 
-def test_the_table_survives_json(table):
-    assert SensitivityTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+def test_the_table_survives_json(table, tmp_path):
+    write_json(tmp_path / SENSITIVITY, table.to_json())
+    assert read_as(tmp_path / SENSITIVITY, SensitivityTable) == table
 
 
 # --- measured --------------------------------------------------------------------------------

@@ -93,7 +93,10 @@ def _read(layout: _Layout, root: Path | None) -> tuple[Source, Source]:
         download=download,
     )
     meta = folder / layout.meta
-    classes = tuple(str(name) for name in _field(_unpickle(meta), layout.names_key, meta))
+    names = _field(_unpickle(meta), layout.names_key, meta)
+    if not isinstance(names, list) or not names:
+        raise _damaged(meta, "its names of the classes are no list")
+    classes = tuple(str(name) for name in names)
     train = [folder / file for file in layout.train]
     return (
         _read_batches(layout, train, classes),
@@ -107,8 +110,10 @@ def _read_batches(layout: _Layout, paths: Sequence[Path], classes: tuple[str, ..
         batch = _unpickle(path)
         pixels = _field(batch, "data", path)
         targets = _field(batch, layout.labels_key, path)
+        if not isinstance(targets, list) or not all(type(label) is int for label in targets):
+            raise _damaged(path, "its labels are no list of numbers")
         good = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-        if not good or pixels.shape != (len(targets), 3072):
+        if not good or not targets or pixels.shape != (len(targets), 3072):
             raise _damaged(path, "its data are not one row of 3,072 bytes a label")
         if not all(0 <= label < len(classes) for label in targets):
             raise _damaged(path, f"a label is not below {len(classes)}")

@@ -25,6 +25,7 @@ FILES = {
 }
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 IDX_UBYTE = 0x08
+MAX_BYTES = 2**30  # of one unzipped file; the real ones have 47 MB
 
 
 def read_fashion_mnist(root: Path | None) -> tuple[Source, Source]:
@@ -66,7 +67,7 @@ def read_idx(path: Path) -> Tensor:
         ValueError: If the file is damaged or holds something else.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = _unzipped(path) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, num_dims = struct.unpack_from(">HBB", raw)
         shape = struct.unpack_from(f">{num_dims}I", raw, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
@@ -79,11 +80,17 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(data.copy()).view(shape)
 
 
+def _unzipped(path: Path) -> bytes:
+    """At most `MAX_BYTES`: a small file can be made to hold more than any memory."""
+    with gzip.open(path) as file:
+        return file.read(MAX_BYTES)
+
+
 def _read_split(folder: Path, split: str) -> Source:
     images_path, labels_path = (_path(folder, name) for name in FILES[split])
     assert images_path is not None and labels_path is not None
     images, labels = read_idx(images_path), read_idx(labels_path).long()
-    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.numel():
         raise _damaged(images_path, f"the shape {list(images.shape)} is not [N, H, H]")
     if labels.shape != images.shape[:1] or (labels >= len(CLASSES)).any():
         raise _damaged(labels_path, f"it must hold {len(images)} labels below {len(CLASSES)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .image_data import Source
@@ -17,6 +17,7 @@ from .image_data import Source
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 EXTENSIONS |= {".webp"}
 DEFAULT_SIZE = 224
+LONGEST = 100  # the longer side in units of the shorter one, which becomes the image size
 READERS = 8  # threads; decoding releases the interpreter's lock
 
 
@@ -104,7 +105,9 @@ def _decode(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size
             image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+        if max(image.size) >= LONGEST * min(image.size):
+            raise ValueError(f"one side is {LONGEST} times the other or more")
+    except Exception as error:  # of a damaged image a decoder raises nearly anything
         raise ValueError(
             f"`data.root` (={path}) must hold readable images: {error}. Replace or "
             "delete the file."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickle
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,12 +22,6 @@ QUIET_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
-
-# What safetensors and torch.load raise on a file that is damaged, or is no file of weights.
-UNREADABLE = (
-    *(SafetensorError, pickle.UnpicklingError),
-    *(RuntimeError, EOFError, OSError, ValueError, KeyError),
-)
 
 
 def build_model(
@@ -62,7 +55,7 @@ def build_model(
         arguments.setdefault("num_classes", num_classes)
     try:
         model = builder(**arguments)
-    except Exception as error:  # whatever a foreign constructor raises
+    except (Exception, SystemExit) as error:  # whatever a foreign constructor raises
         raise ValueError(
             f"`model.kwargs` (={dict(kwargs or {})}) must suit {name}{_signature(builder)}: "
             f"{type(error).__name__}: {error}. Correct the arguments."
@@ -75,6 +68,12 @@ def build_model(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.cpu().requires_grad_(True).eval()
+
+
+def is_known_source(name: str) -> bool:
+    """Whether a name means a model of the zoo, torchvision or timm, and no code of others."""
+    source, colon, _ = name.partition(":")
+    return not colon or source in SOURCES
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -93,10 +92,14 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     expected = model.state_dict()
+    both = [(key, state[key], value) for key, value in expected.items() if key in state]
     wrong = [
-        f"{key} has shape {list(state[key].shape)} in the file and {list(value.shape)} here"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} has shape {list(given.shape)} in the file and {list(value.shape)} here"
+        for key, given, value in both
+        if given.shape != value.shape
+    ]
+    wrong += [
+        f"{key} holds no such numbers" for key, given, value in both if not _alike(given, value)
     ]
     missing = [f"{key} is missing" for key in expected if key not in state]
     unexpected = [f"{key} is not in the model" for key in state if key not in expected]
@@ -190,13 +193,15 @@ def _timm_builder(name: str) -> tuple[Builder, dict[str, Any]]:
         raise ValueError(unknown_name("model.name", name, near))
 
     def create(**kwargs: Any) -> nn.Module:
+        if "checkpoint_path" in kwargs:  # some versions of timm unpickle it
+            raise ValueError("checkpoint_path is not read: name the file in model.checkpoint")
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
         return model
 
     return create, {}
 
 
-def _broken_module(name: str, error: Exception) -> ValueError:
+def _broken_module(name: str, error: BaseException) -> ValueError:
     """The user's module exists, and its own code fails when it is imported."""
     return ValueError(
         f"`model.name` (={name}) must name a module that can be imported: it stopped with "
@@ -205,6 +210,11 @@ def _broken_module(name: str, error: Exception) -> ValueError:
 
 
 def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"`model.name` (={name}) must name a module of yours or of a library of models: "
+            "nothing in Python's standard library builds one. Correct it."
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -215,7 +225,7 @@ def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
             f"{error.name}. Install it or add its folder to PYTHONPATH; the sources known by name "
             f"are {', '.join(SOURCES)}."
         ) from error
-    except Exception as error:  # whatever a foreign module raises
+    except (Exception, SystemExit) as error:  # whatever a foreign module raises
         raise _broken_module(name, error) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
@@ -225,13 +235,20 @@ def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
 
 
 def _accepts(builder: Builder, argument: str) -> bool:
-    parameters = inspect.signature(builder).parameters.values()
+    parameters = _parameters(builder).values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _signature(builder: Builder) -> str:
     """The names that the callable takes, as in (num_classes, in_channels)."""
-    return f"({', '.join(inspect.signature(builder).parameters)})"
+    return f"({', '.join(_parameters(builder))})"
+
+
+def _parameters(builder: Builder) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(builder).parameters
+    except (ValueError, TypeError):  # of a function written in C
+        return {}
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -244,11 +261,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file, or one of something else, raises nearly anything
         raise _not_weights(path, f"it cannot be read ({_first_line(error)})") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise _not_weights(path, "it is not a mapping of names to tensors")
     return dict(state)
 
@@ -258,6 +277,12 @@ def _not_weights(path: Path, reason: str) -> ValueError:
         f"`model.checkpoint` (={path}) must hold weights only: {reason}. Save it again with "
         "`torch.save(model.state_dict(), path)` or as safetensors."
     )
+
+
+def _alike(given: Tensor, wanted: Tensor) -> bool:
+    """Whether it is an ordinary tensor, of real numbers where such are wanted."""
+    ordinary = given.layout is torch.strided and not given.is_meta
+    return ordinary and given.is_floating_point() == wanted.is_floating_point()
 
 
 def _first_line(error: Exception) -> str:
