@@ -24,11 +24,12 @@ from .config import (
 from .early_stop import ladder_of, settled
 from .front import choose, front_hypervolume, front_of
 from .interrupt import stopping_gently
+from .mirror import folder_of
 from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
 from .remote import Remote, is_uri, join
-from .storage import contents, driving, fetch, folder_of, opened
+from .storage import contents, driving, fetch, opened
 from .store import Store, atomic_write_bytes, read_json, sweep_unfinished, write_json
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Run:
     folder: Path
 
     def __init__(self, place: str | Path) -> None:
-        object.__setattr__(self, "place", str(place))
+        object.__setattr__(self, "place", str(place if is_uri(place) else Path(place)))
         object.__setattr__(self, "folder", opened(place))
         if not (self.folder / CONFIG).is_file():
             raise ConfigError(
