@@ -66,7 +66,9 @@ def main() -> None:
 def run_command(
     config: ConfigFile,
     set_: Overrides = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder.")] = None,
+    out_dir: Annotated[
+        str | None, typer.Option("--out", help="The run folder, or its URI on an object store.")
+    ] = None,
     trials: Trials = None,
     address: Address = None,
     dry_run: Annotated[
@@ -142,7 +144,7 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
 
 @app.command("list")
 def list_command(
-    results_dir: Annotated[Path, typer.Argument(metavar="[RESULTS_DIR]")] = Path("results"),
+    results_dir: Annotated[str, typer.Argument(metavar="[RESULTS_DIR]")] = "results",
     as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder."""
@@ -257,8 +259,9 @@ def sparse(
     """Show the sparse trainings of a run or an ablation, and how batch-norm scales moved."""
     from .runs import check_writable
     from .sparse import plot_sparse, sparse_table, sparse_trainings
+    from .storage import opened
 
-    trainings = sparse_trainings(run_dir)
+    trainings = sparse_trainings(opened(run_dir))
     if plot is not None:
         check_writable(plot, "--plot")
         plot_sparse(trainings, plot)
@@ -360,26 +363,29 @@ def doctor(as_json: AsJson = False) -> None:
 # --- helpers ---------------------------------------------------------------------------------
 
 
-def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
+def _finish(folder: str | Path, as_json: bool, work: Callable[[Any], Run]) -> None:
     """Does the work with progress shown, prints the front; an interrupt says how to resume."""
+    from .locks import StorageError
+    from .mirror import folder_of
     from .progress import Progress
     from .store import LedgerError
     from .tables import correlation_rows, front_rows, front_table, status_of, time_table
 
+    again = f"prune-search resume {shlex.quote(str(folder))}"
     try:
         run = work(Progress(err))
     except KeyboardInterrupt:
-        if (folder / "config.yaml").exists():
-            complain(
-                "Interrupted. Every finished trial is stored. Continue with "
-                f"`prune-search resume {folder}`."
-            )
+        if (folder_of(folder) / "config.yaml").exists():
+            complain(f"Interrupted. Every finished trial is stored. Continue with `{again}`.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (LedgerError, OSError) as error:
         complain(
             f"{error}. Every trial that finished before is stored. Make room or access, then "
-            f"continue with `prune-search resume {folder}`."
+            f"continue with `{again}`."
         )
+        raise typer.Exit(EXIT_FAILED) from None
+    except StorageError as error:
+        complain(str(error))
         raise typer.Exit(EXIT_FAILED) from None
     if as_json:
         out.print_json(
@@ -391,7 +397,8 @@ def _finish(folder: Path, as_json: bool, work: Callable[[Any], Run]) -> None:
         for label, text in correlation_rows(status_of(run)["rank_correlations"]):
             out.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
         out.print(
-            f"run folder: {folder}\nexport the fastest within 1 %: prune-search export {folder} "
+            f"run folder: {folder}\nexport the fastest within 1 %: prune-search export "
+            f"{shlex.quote(str(folder))} "
             '--min latency_ms --where "accuracy_drop<=0.01" --out exported',
             markup=False,
             highlight=False,

@@ -21,7 +21,7 @@ out = Console(**PLAIN)
 err = Console(stderr=True, **PLAIN)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The search's config.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run folder, or its URI.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="key.sub=value", help="Override a config key; repeatable."),

@@ -147,8 +147,8 @@ def export_member(run: Run, member: TrialResult, out: Path) -> Path:
     lost = [p for p in (member.recipe, member.weights) if not (run.folder / p).is_file()]
     if lost:
         raise ConfigError(
-            f"`RUN_DIR` (={run.folder}) must hold {' and '.join(lost)}: the files of trial "
-            f"{member.trial_id} are gone. `prune-search resume {run.folder}` repairs the front."
+            f"`RUN_DIR` (={run.place}) must hold {' and '.join(lost)}: the files of trial "
+            f"{member.trial_id} are gone. `prune-search resume {run.place}` repairs the front."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`--out` (={out}) must not exist yet or be empty. Choose another.")

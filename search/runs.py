@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
+import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,9 +25,12 @@ from .config import (
 from .early_stop import ladder_of, settled
 from .front import choose, front_hypervolume, front_of
 from .interrupt import stopping_gently
+from .mirror import folder_of
 from .plateau import has_ended
 from .progress import Progress
 from .records import TrialResult
+from .remote import Remote, is_uri, join
+from .storage import contents, driving, fetch, opened
 from .store import Store, atomic_write_bytes, read_as, sweep_unfinished, write_json
 
 if TYPE_CHECKING:
@@ -39,21 +43,30 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TIMES = "times.json"
 BASELINE = "baseline.json"
-LOCK = ".lock"
 LOCAL = (None, "local")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Run:
-    """A run folder: what was tried, what is on the front, and a way to take a member away."""
+    """A run folder: what was tried, what is on the front, and a way to take a member away.
 
+    Args:
+        place: The run folder, or its URI on an object store; what is new there is downloaded now.
+
+    Attributes:
+        place: As it was named.
+        folder: On this machine: of a URI the working copy.
+    """
+
+    place: str
     folder: Path
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))  # a string is welcome
+    def __init__(self, place: str | Path) -> None:
+        object.__setattr__(self, "place", str(place if is_uri(place) else Path(place)))
+        object.__setattr__(self, "folder", opened(place))
         if not (self.folder / CONFIG).is_file():
             raise ConfigError(
-                f"`RUN_DIR` (={self.folder}) must be a run folder: it has no {CONFIG}. "
+                f"`RUN_DIR` (={place}) must be a run folder: it has no {CONFIG}. "
                 "`prune-search list` shows the runs."
             )
 
@@ -163,6 +176,7 @@ class Run:
                 )
         else:
             member = self.choose(minimize=minimize, maximize=maximize, where=where)
+        fetch(self.place, [name for name in (member.recipe, member.weights) if name])
         return export_member(self, member, Path(out))
 
 
@@ -177,7 +191,8 @@ def run(
 
     Args:
         config: A config, its mapping, or its YAML file.
-        out: The run folder; `results/NAME` if None. It must not exist, or be empty.
+        out: The run folder, or a URI of an object store; `results/NAME` if None. It must not
+            exist, or be empty.
         address: A Ray cluster; None starts a local Ray.
         progress: Where to report; None is silent.
 
@@ -191,9 +206,9 @@ def run(
     elif not isinstance(config, SearchConfig):
         config = parse_config(config)
     check_names(config)
-    folder = Path(out) if out is not None else Path("results") / config.name
-    check_new_folder(folder)
-    return _execute(absolute(config), folder, address, progress)
+    place = out if out is not None else Path("results") / config.name
+    check_new_folder(place)
+    return _execute(absolute(config), place, address, progress)
 
 
 def resume(
@@ -208,7 +223,7 @@ def resume(
     """Finishes an interrupted run: runs what its ledger lacks, and nothing twice.
 
     Args:
-        folder: The run folder.
+        folder: The run folder, or its URI.
         trials: A new total number of trials (`extend`); None keeps the config's.
         overrides: `key.sub=value` assignments, applied to the config in order.
         allow_space_change: Whether another search space than the run began with is accepted.
@@ -220,7 +235,7 @@ def resume(
         LedgerError: If the run folder cannot be written any more.
         KeyboardInterrupt: As `run` does.
     """
-    one = Run(Path(folder))
+    one = Run(folder)
     config = load_config(one.folder / CONFIG, overrides)
     check_names(config, one.folder / CONFIG, overrides)
     if trials is not None:
@@ -234,16 +249,20 @@ def resume(
         changed = {"trials": trials, "plateau_after": sum(map(has_ended, results))}
         config = parse_config(data | {"search": data["search"] | changed})
     return _execute(
-        absolute(config), one.folder, address, progress, allow_space_change=allow_space_change
+        absolute(config), one.place, address, progress, allow_space_change=allow_space_change
     )
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """The run folders directly inside `folder`, by name.
+def find_runs(folder: str | Path) -> Sequence[str | Path]:
+    """The run folders directly inside `folder`, by name; of a URI their URIs.
 
     Raises:
         ConfigError: If there is no such folder.
     """
+    if is_uri(folder):
+        remote = Remote(str(folder))
+        return [join(remote.uri, name) for name in remote.folders_with(CONFIG)]
+    folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(
             f"`RESULTS_DIR` (={folder}) must be a folder with runs. Start one with "
@@ -252,23 +271,25 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
 
 
-def check_new_folder(folder: Path) -> None:
+def check_new_folder(place: str | Path) -> None:
     """Refuses a run folder that is in use or cannot be written.
 
     Raises:
         ConfigError: Which names the folder and the fix.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        if (folder / CONFIG).exists() and not (folder / "baseline.json").exists():
+    folder = folder_of(place)
+    if names := contents(place):
+        if CONFIG in names and "baseline.json" not in names:
             return  # a run that ended before its dense model was there: nothing is lost
-        if (folder / CONFIG).exists():
+        if CONFIG in names:
+            name = shlex.quote(str(place))
             fix = (
-                f"Finish it with `prune-search resume {folder}`, add trials with "
-                f"`prune-search extend {folder} --trials N`, or choose another --out."
+                f"Finish it with `prune-search resume {name}`, add trials with "
+                f"`prune-search extend {name} --trials N`, or choose another --out."
             )
         else:
             fix = "Choose another --out."
-        raise ConfigError(f"`--out` (={folder}) must not exist yet or be empty. {fix}")
+        raise ConfigError(f"`--out` (={place}) must not exist yet or be empty. {fix}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`--out` (={folder}) must be a folder: it is a file. Choose another.")
     check_writable(folder)
@@ -280,6 +301,10 @@ def check_writable(path: Path, option: str = "--out") -> None:
     Raises:
         ConfigError: Which names the first folder that is in the way.
     """
+    if re.match(r"[A-Za-z0-9+.-]{2,}:/", str(path)):
+        raise ConfigError(
+            f"`{option}` (={path}) must be a path on this machine, not a URI. Choose another."
+        )
     parent = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if not os.access(parent, os.W_OK | (os.X_OK if parent.is_dir() else 0)) or (
         parent != path.absolute() and not parent.is_dir()
@@ -299,7 +324,7 @@ def axes(objectives: Mapping[str, str], x: str | None, y: str | None) -> tuple[s
 
 def _execute(
     config: SearchConfig,
-    folder: Path,
+    place: str | Path,
     address: str | None,
     progress: Progress | None,
     *,
@@ -309,7 +334,8 @@ def _execute(
     from .cluster import check_local, connecting
 
     progress = progress or Progress.silent()
-    folder = folder.absolute()  # Ray's workers start in other folders
+    place = place if is_uri(place) else Path(place).absolute()  # Ray's workers start elsewhere
+    folder = folder_of(place)
     clock, warnings = _Clock(), ignored_settings(config)
     new = allow_space_change is None
     with ExitStack() as run_folder, connecting(address) as wait_for_ray:
@@ -326,7 +352,7 @@ def _execute(
                 check_local(config)
         if address not in LOCAL:
             wait_for_ray()  # before anything is written
-        run_folder.enter_context(locked(folder))
+        session = run_folder.enter_context(driving(place, progress.say, new=new))
         sweep_unfinished(folder)
         run_folder.callback(_add_times, folder, clock.seconds)
         for line in warnings if new else ():
@@ -368,7 +394,13 @@ def _execute(
             costs = costs_of(problem, space, table, folder, fleet.measure_layers)
             seeds = default_seeds(space, config, table, costs)
         hints = hints_of(costs, table)
-        coordinator = Coordinator(config, space, baseline, folder, progress.finished, seeds, hints)
+
+        def recorded(result: TrialResult) -> None:
+            session.changed()
+            progress.finished(result)
+
+        coordinator = Coordinator(config, space, baseline, folder, recorded, seeds, hints)
+        session.then(coordinator.stop)
         with (
             clock("trials_s"),
             stopping_gently(coordinator.stop) as signals,
@@ -380,7 +412,7 @@ def _execute(
                 coordinator.close()
         if signals and coordinator.stopped is not None:
             raise KeyboardInterrupt  # something is left to do
-    return Run(folder)
+    return Run(place)
 
 
 def _with_reference(
@@ -400,21 +432,6 @@ def _with_reference(
             + ": speedups of the two sessions may differ"
         )
     return baseline
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One driver a run folder; the lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as lock:  # never cuts short what a link may lead to
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"`RUN_DIR` (={folder}) must not be in use: another process is running this "
-                "search. Wait for it, or stop it first."
-            ) from error
-        yield
 
 
 def _describe(config: SearchConfig, folder: Path, *, new: bool) -> None:

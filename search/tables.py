@@ -63,7 +63,7 @@ def status_of(run: Run) -> dict[str, Any]:
     counts = collections.Counter(str(result.status) for result in results)
     failures = collections.Counter(r.message for r in results if r.status == "failed")
     return {
-        "run": str(run.folder),
+        "run": run.place,
         "name": config.name,
         "model": config.model.name,
         "data": config.data.name,

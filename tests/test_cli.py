@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunesearch.search import ConfigError, cli, runs
+from prunesearch.search.locks import locked
 from prunesearch.search.shelf import Packed, Shelf, address
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -161,7 +162,7 @@ def test_unwritable_output(invoke: Invoke, tmp_path: Path) -> None:
 
 def test_a_run_folder_in_use_is_refused(invoke: Invoke, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with runs.locked(out):
+    with locked(out, pytest.fail):
         (out / "config.yaml").write_text(SMALL)
         code, _, err = invoke("resume", out)
     assert code == 2

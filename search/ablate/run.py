@@ -16,9 +16,10 @@ from ...methods.layer_bypass import bypassable_layers
 from ...methods.names import unknown_name
 from ..config import ConfigError, SearchConfig, dump_config, load_config, parse_config
 from ..environment import environment
+from ..locks import locked
 from ..progress import Progress
 from ..records import TrialResult, TrialStatus
-from ..runs import ENVIRONMENT, LOCAL, absolute, check_writable, locked
+from ..runs import ENVIRONMENT, LOCAL, absolute, check_writable
 from ..setup import Problem, pack_images, pose
 from ..store import Store, atomic_write_bytes, read_json, to_table, write_json
 from . import blocks, blockwipg, dsd, fgp
@@ -121,7 +122,7 @@ def ablate(
     _check_rows(study, config, rows, facts)
     if address in LOCAL:
         check_local(config)
-    with locked(folder):
+    with locked(folder, progress.say):
         _describe(study, config, folder)
         store = Store(folder)
         missing = _missing(rows, seeds, store.read())
