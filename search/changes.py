@@ -15,7 +15,7 @@ from .yaml_source import show
 FIXED = "fixed.json"
 MEANING = (
     "model", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
-    "latency",
+    "latency", "probes",
 )  # fmt: skip
 MOVABLE = (("data", "root"), ("model", "checkpoint"))  # what lies there is compared, not the path
 DERIVED = (BLOCKS, SENSITIVITY)  # made of the space; they are made anew, from the cache

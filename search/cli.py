@@ -430,19 +430,20 @@ def _print_names(
 def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:
     """The two asked metrics as objectives; None when neither is asked."""
     from ..methods.names import nearest
-    from .config import METRICS
+    from .metrics import direction_of, metrics_of
     from .runs import axes
 
+    known = metrics_of(config.probes)
     for option, metric in (("--x", x), ("--y", y)):
-        if metric is not None and metric not in METRICS:
+        if metric is not None and metric not in known:
             raise ConfigError(
-                f"`{option}` (={metric}) must be one of {', '.join(METRICS)}. "
-                f"{nearest(metric, METRICS)}".rstrip()
+                f"`{option}` (={metric}) must be one of {', '.join(known)}. "
+                f"{nearest(metric, known)}".rstrip()
             )
     if x is None and y is None:
         return None
     x, y = axes(config.objectives, x, y)
-    return {y: METRICS[y], x: METRICS[x]}
+    return {y: direction_of(y), x: direction_of(x)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,11 +24,17 @@ import ray
 from ray._private import ray_constants
 
 from .auth import MODE, TOKEN_PATH, prepare_token, private_folder, wants_token, warn_if_open
-from .config import ConfigError, ResourcesConfig, SearchConfig
+from .config import DEFAULT_PROBE, ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
 
 SLOW_START = "timed out during startup"  # Ray's words
 PROBE = "latency_probe"  # the custom resource of the node whose device is measured
+
+
+def probe_resources(config: SearchConfig) -> dict[str, str]:
+    """The custom resource of the node that each probe measures on, by the probe's name."""
+    named = {name: probe.resource or f"{PROBE}_{name}" for name, probe in config.probes.items()}
+    return {DEFAULT_PROBE: PROBE, **named}
 
 
 def check_local(config: SearchConfig) -> None:
@@ -40,24 +46,26 @@ def check_local(config: SearchConfig) -> None:
     import torch
 
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    probes = {f"probes.{n}" if n else "latency": p for n, p in config.all_probes.items()}
     for key, asked, have in (
         ("resources.cpu", config.resources.cpu, cores),
         ("resources.gpu", config.resources.gpu, gpus),
-        ("latency.threads", config.latency.threads, cores),
+        *((f"{key}.threads", latency.threads, cores) for key, latency in probes.items()),
     ):
         if asked > have:
             raise ConfigError(
                 f"`{key}` (={asked:g}) must be at most {have}: this machine has no more. Lower it."
             )
-    if config.latency.device == "cuda" and not gpus:
-        raise ConfigError(
-            "`latency.device` (=cuda) must be a device of this machine: torch sees no GPU. Set "
-            "latency.device: cpu."
-        )
+    for key, latency in probes.items():
+        if latency.device == "cuda" and not gpus:
+            raise ConfigError(
+                f"`{key}.device` (=cuda) must be a device of this machine: torch sees no GPU. Set "
+                f"{key}.device: cpu."
+            )
 
 
 @contextmanager
-def connect(address: str | None) -> Iterator[None]:
+def connect(address: str | None, resources: Collection[str] = (PROBE,)) -> Iterator[None]:
     """Starts a local Ray, or connects to the cluster at `address`; disconnects at the end.
 
     A local Ray asks for a token and listens on the loopback interface only.
@@ -66,6 +74,7 @@ def connect(address: str | None) -> Iterator[None]:
         address: None or `local` for a Ray of one's own; `auto` or `HOST:PORT` for the cluster
             that this machine is a node of. A Ray that this process is connected to already is
             used and left running.
+        resources: Custom resources of a Ray of one's own: all probes measure on this machine.
 
     Raises:
         ConfigError: If no cluster answers there.
@@ -82,7 +91,8 @@ def connect(address: str | None) -> Iterator[None]:
     local = address in (None, "local")
     if local:
         prepare_token()
-        options |= {"address": "local", "include_dashboard": False, "resources": {PROBE: 1}}
+        options |= {"address": "local", "include_dashboard": False}
+        options |= {"resources": dict.fromkeys(resources, 1)}
         options |= {"_temp_dir": str(private_folder())}
     else:
         options |= {"address": address}
@@ -110,7 +120,9 @@ def connect(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def connecting(address: str | None) -> Iterator[Callable[[], None]]:
+def connecting(
+    address: str | None, resources: Collection[str] = (PROBE,)
+) -> Iterator[Callable[[], None]]:
     """As `connect`, in the background: Ray's start is mostly waiting.
 
     Yields:
@@ -121,7 +133,7 @@ def connecting(address: str | None) -> Iterator[Callable[[], None]]:
 
     def hold() -> None:  # a local Ray ends with the thread that started it
         try:
-            with connect(address):
+            with connect(address, resources):
                 there.set()
                 over.wait()
         except BaseException as error:

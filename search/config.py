@@ -22,7 +22,7 @@ from pydantic import (
 
 from ..methods.names import nearest
 from .config_errors import RuleError, explain
-from .metrics import METRICS, Constraint, check_constraints, check_objectives
+from .metrics import METRICS, Constraint, check_constraints, check_objectives, check_probes
 from .yaml_source import (
     ConfigError,
     Loc,
@@ -43,6 +43,8 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
+
+DEFAULT_PROBE = ""  # what the probe of the section `latency` is called among the others
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -564,6 +566,11 @@ class ResourcesConfig(_Section):
         le=1000,
         description="new attempts where a worker was killed or its node was lost",
     )
+    wait_for_nodes_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="seconds to wait for nodes that a trial or a probe needs, at the start",
+    )
 
     @field_validator("gpu")
     @classmethod
@@ -583,6 +590,32 @@ class LatencyConfig(_Section):
     batch_size: int = Field(default=1, ge=1, description="images a forward pass")
     threads: int = Field(default=1, ge=1, description="CPU threads of the measured model")
     runs: int = Field(default=200, ge=10, description="timed pairs of pruned and dense runs")
+
+
+class ProbeConfig(LatencyConfig):
+    """A further probe; its metrics are called `latency_ms@NAME` and `speedup@NAME`."""
+
+    resource: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$",
+        description="Ray's custom resource of the node that it measures on; latency_probe_NAME",
+        examples=["latency_probe_edge"],
+    )
+
+    @field_validator("resource")
+    @classmethod
+    def _custom(cls, resource: str | None) -> str | None:
+        if resource in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise RuleError(
+                "be a custom resource: Ray gives this one to nodes by itself",
+                fix="Name one of `ray start --resources`, or delete it.",
+            )
+        return resource
+
+    @property
+    def settings(self) -> LatencyConfig:
+        """How it measures, wherever that is."""
+        return LatencyConfig(**self.model_dump(exclude={"resource"}))
 
 
 class CacheConfig(_Section):
@@ -640,8 +673,19 @@ class SearchConfig(_Section):
     search: SamplerConfig = Field(default_factory=SamplerConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     latency: LatencyConfig = Field(default_factory=LatencyConfig)
+    probes: dict[str, ProbeConfig] = Field(
+        default_factory=dict,
+        description="further probes by name, each on its node",
+        examples=["{edge: {threads: 4}}"],
+    )
     cache: CacheConfig = Field(default_factory=CacheConfig)
     ablate: AblateConfig = Field(default_factory=AblateConfig)
+
+    @property
+    def all_probes(self) -> dict[str, LatencyConfig]:
+        """How each probe measures; the one of `latency` is called `DEFAULT_PROBE`."""
+        named = {name: probe.settings for name, probe in self.probes.items()}
+        return {DEFAULT_PROBE: self.latency, **named}
 
     @model_validator(mode="before")
     @classmethod
@@ -668,6 +712,24 @@ class SearchConfig(_Section):
                 fix="Delete the rule, or set recover.reconstruct.steps: 0.",
             )
         return self
+
+    @model_validator(mode="after")
+    def _known_probes(self) -> SearchConfig:
+        check_probes(self.objectives, self.constraints, self.probes)
+        return self
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _well_named(cls, probes: object) -> object:
+        for name in probes if isinstance(probes, Mapping) else ():
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", str(name)):
+                raise RuleError(
+                    "have a name of 1 to 31 lower-case letters, digits and underscores, a letter "
+                    "first: metrics are named after it",
+                    str(name),
+                    fix="Rename it, for example to `edge`.",
+                )
+        return probes
 
     @field_validator("objectives", mode="before")
     @classmethod

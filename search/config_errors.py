@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -120,10 +120,9 @@ def _fix(info: FieldInfo | None) -> str:
 
 def _unknown_key(root: type[BaseModel], loc: Loc, value: object) -> str:
     """Message for a key that does not exist: its likely spelling, or where it belongs."""
-    sections = dict(_sections(root))
-    known, key = sections[loc[:-1]].model_fields, str(loc[-1])
+    known, key = _section_at(root, loc[:-1]).model_fields, str(loc[-1])
     homes = [
-        dotted((*place, key)) for place, model in sections.items() if key in model.model_fields
+        dotted((*place, key)) for place, model in _sections(root) if key in model.model_fields
     ]
     hint = nearest(key, known) or (f"Did you mean `{homes[0]}`?" if homes else "Delete it.")
     section = f"`{dotted(loc[:-1])}`" if loc[:-1] else "the top level"
@@ -145,13 +144,32 @@ def _example(root: type[BaseModel], loc: Loc) -> str:
 
 def _field(root: type[BaseModel], loc: Loc) -> FieldInfo | None:
     """The field at `loc`; what is inside a list or a mapping belongs to its field."""
-    fields, info = root.model_fields, None
+    kind: object = root
+    info = None
     for part in loc:
-        if part not in fields:
+        if (inner := _named(kind)) is not None:
+            kind = inner
+        elif _is_section(kind) and part in kind.model_fields:
+            info = kind.model_fields[str(part)]
+            kind = info.annotation
+        else:
             return info
-        info = fields[str(part)]
-        fields = info.annotation.model_fields if _is_section(info.annotation) else {}
     return info
+
+
+def _section_at(root: type[BaseModel], loc: Loc) -> type[BaseModel]:
+    """The section at `loc`, also one of several that the user has named."""
+    kind: object = root
+    for part in loc:
+        kind = _named(kind) or (_is_section(kind) and kind.model_fields[str(part)].annotation)
+    assert _is_section(kind)
+    return kind
+
+
+def _named(kind: object) -> type[BaseModel] | None:
+    """The section in a mapping of names to sections."""
+    inner = get_args(kind)[1:] if get_origin(kind) is dict else ()
+    return inner[0] if inner and _is_section(inner[0]) else None
 
 
 def _sections(model: type[BaseModel], loc: Loc = ()) -> Iterator[tuple[Loc, type[BaseModel]]]:

@@ -22,6 +22,8 @@ from .records import FULL_FIDELITY, Candidate, TrialResult
 if TYPE_CHECKING:
     from .finished import FinishedTrials
 
+MeasureLatency = Callable[[Recipe], tuple[Mapping[str, Latency], float]]
+
 
 @dataclass
 class TrialContext:
@@ -33,8 +35,9 @@ class TrialContext:
         dense: The trained dense model, on the same device.
         plan: The dense model's channel groups.
         baseline_accuracy: The dense model's validation accuracy.
-        measure_latency: Latency of the architecture that a recipe makes, and the seconds that
-            the probe worked on it (the rest was waiting). None where latency is not measured.
+        measure_latency: Latencies by probe of the architecture that a recipe makes, and the
+            seconds that a probe worked on it (the rest was waiting). None where latency is not
+            measured.
         shared: Scores and sparse-trained weights that the workers of a run share.
         data_digest: Content address of the data; computed when it is not given.
         finished: Trials that runs share when they have ended; None shares none.
@@ -47,7 +50,7 @@ class TrialContext:
     dense: nn.Module
     plan: PruningPlan
     baseline_accuracy: float
-    measure_latency: Callable[[Recipe], tuple[Latency, float]] | None
+    measure_latency: MeasureLatency | None
     shared: Shared = make_here
     data_digest: str = ""
     finished: FinishedTrials | None = None

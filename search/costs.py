@@ -11,6 +11,7 @@ from typing import Any
 from ..methods.layer_costs import LayerCosts
 from ..methods.layer_latency import FRACTIONS, LayerLatencies
 from .config import ConfigError
+from .metrics import split
 from .records import Candidate
 from .sensitivity import SensitivityTable
 from .setup import Problem
@@ -72,9 +73,10 @@ class Costs:
     ) -> tuple[str, Callable[[Mapping[str, Any]], float]] | None:
         """The first objective that can be told from the parameters alone, and how.
 
-        Memory is told by the MACs, and so is latency where no layers were measured.
+        Memory is told by the MACs, and so is latency where no layers were measured. Latency at
+        any probe is told by the layers on the default one.
         """
-        for name in objectives:
+        for name, _ in map(split, objectives):
             if name in BY_LATENCY and self._latencies is not None:
                 return "latency", self.latency
             if name == "num_params":
@@ -122,7 +124,9 @@ def costs_of(
     path, latencies = run_dir / LAYERS, None
     if path.exists():
         latencies = _read_latencies(path, len(layers.calls))
-    elif table is not None and any(name in BY_LATENCY for name in problem.config.objectives):
+    elif table is not None and any(
+        split(name)[0] in BY_LATENCY for name in problem.config.objectives
+    ):
         latencies = measure_layers()
         write_json(path, dataclasses.asdict(latencies))
     return Costs(space, layers, table, latencies)

@@ -17,7 +17,7 @@ from ..methods.finetune import finetune
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from .cache import Made, Say, open_cache, sharing_here
-from .config import ConfigError
+from .config import DEFAULT_PROBE, ConfigError
 from .setup import Problem
 from .store import atomic_write_bytes, read_as, write_json
 
@@ -34,6 +34,7 @@ class Baseline:
         train_s: Seconds of training (0 when loaded).
         latency_ms: Reference latency, measured once a run; None until the probe has done so.
         probe: The probe's hardware, driver and library versions.
+        latency_by_probe: The same two of each named probe.
     """
 
     accuracy: float
@@ -46,6 +47,20 @@ class Baseline:
     train_s: float
     latency_ms: float | None = None
     probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    latency_by_probe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def references(self) -> dict[str, float]:
+        """Reference latency in ms by probe, of those that have measured it."""
+        named = {name: found["latency_ms"] for name, found in self.latency_by_probe.items()}
+        return named if self.latency_ms is None else {DEFAULT_PROBE: self.latency_ms, **named}
+
+    def probe_of(self, name: str) -> Mapping[str, Any]:
+        """Hardware, driver and library versions of a probe that has measured."""
+        if name == DEFAULT_PROBE:
+            return self.probe
+        found: Mapping[str, Any] = self.latency_by_probe[name]["probe"]
+        return found
 
     def write(self, run_dir: Path) -> None:
         """Stores `baseline.json`."""
@@ -53,7 +68,7 @@ class Baseline:
 
     @classmethod
     def read(cls, run_dir: Path) -> Baseline:
-        """Reads `baseline.json`."""
+        """Reads `baseline.json`, also one without what later versions added."""
         return read_as(run_dir / BASELINE, cls)
 
 
@@ -84,6 +99,44 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
     )
     baseline.write(run_dir)
     say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")
+    return baseline
+
+
+def with_references(
+    baseline: Baseline,
+    measured: Mapping[str, tuple[float, Mapping[str, Any]]],
+    run_dir: Path,
+    say: Say,
+) -> Baseline:
+    """The baseline with its latencies: measured once a run, kept when it is resumed.
+
+    Args:
+        baseline: The dense model's other metrics, and the latencies that are known.
+        measured: Latency in ms and fingerprint, by probe.
+        run_dir: The run folder.
+        say: Told what is new, and whether a probe is another one now.
+    """
+    new = {name: found for name, found in measured.items() if name not in baseline.references}
+    for name, (latency_ms, probe) in new.items():
+        if name == DEFAULT_PROBE:
+            baseline = dataclasses.replace(baseline, latency_ms=latency_ms, probe=probe)
+        else:
+            known = {**baseline.latency_by_probe, name: {"latency_ms": latency_ms, "probe": probe}}
+            baseline = dataclasses.replace(baseline, latency_by_probe=known)
+        where = f"{probe.get('gpu', probe['cpu'])}{f' (probe {name})' if name else ''}"
+        say(f"dense latency {latency_ms:.3f} ms on {where}")
+    if new:
+        baseline.write(run_dir)
+    for name, (_, probe) in measured.items():
+        before = baseline.probe_of(name)
+        changed = [k for k in ("cpu", "gpu", "torch") if before.get(k) != probe.get(k)]
+        if changed:
+            say(
+                f"warning: latencies{f' of probe {name}' if name else ''} are now measured on "
+                "another "
+                + " and ".join(f"{k} ({probe.get(k)}, was {before.get(k)})" for k in changed)
+                + ": speedups of the two sessions may differ"
+            )
     return baseline
 
 
@@ -129,7 +182,9 @@ def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
 def _train(problem: Problem, say: Say) -> None:
     config, baseline = problem.config, problem.config.baseline
     start = time.perf_counter()
-    say(f"training {config.model.name} on {config.data.name}: {baseline.epochs} epochs")
+    slow = config.resources.gpu > 0 and problem.task.device.type == "cpu"
+    where = ", on the CPU: torch sees no GPU on this machine" if slow else ""
+    say(f"training {config.model.name} on {config.data.name}: {baseline.epochs} epochs{where}")
 
     def on_epoch(epoch: int, loss: float) -> None:
         if epoch == baseline.epochs or epoch % max(1, baseline.epochs // 5) == 0:

@@ -21,6 +21,7 @@ OF_THE_RUN = frozenset(
     {"trial_id", "status", "message", "on_front", "candidate", "seed", "host", "device"}
     | {"started_at", "finished_at", "recipe", "weights", "accuracy_drop"}
     | {"latency_ms", "latency_ms_p10", "latency_ms_p90", "speedup"}
+    | {"latency_ms_by_probe", "speedup_by_probe"}
     | {"score_s", "prune_s", "finetune_s", "measure_s", "wait_s"}
     | {"accuracy_by_fidelity"}
 )

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cluster import PROBE  # first: it sets Ray's environment
+from . import cluster  # noqa: F401  # first: it sets Ray's environment
 
 # isort: split
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..methods.layer_latency import LayerLatencies
-from .cache import user_shelf
-from .config import CacheConfig, ConfigError, SearchConfig
+from .cache import Say, user_shelf
+from .config import CacheConfig
 from .deaths import Death, Place, cause_of_death, read_tail
 from .keeper import Keeper
+from .nodes import await_nodes, num_slots, place_probes
 from .probe import LatencyProbe
 from .setup import Problem, pack_images
 
@@ -48,28 +49,38 @@ class Fleet:
     Args:
         problem: What is searched; the weights may still be untrained.
         run_dir: The run folder.
+        say: Told what is waited for.
+
+    Raises:
+        ConfigError: If the cluster has no room for trials or no node for a probe.
     """
 
-    def __init__(self, problem: Problem, run_dir: Path) -> None:
+    def __init__(self, problem: Problem, run_dir: Path, say: Say = lambda message: None) -> None:
         self.config = problem.config
+        await_nodes(problem.config, say)
         self._problem = problem
         name = f"keeper-{uuid.uuid4().hex}"
         self.keeper = start_keeper(run_dir, problem.config.cache, name)
         data = problem.task.data
-        self.probe = (
+        arguments = problem.config, problem.task.num_classes, data.image_shape, problem.plan, name
+        self._places = place_probes(problem.config)
+        self._probes = [
             ray.remote(LatencyProbe)
-            .options(max_restarts=-1, max_task_retries=2, **_probe_resources(problem.config))
-            .remote(problem.config, problem.task.num_classes, data.image_shape, problem.plan, name)
-        )
+            .options(max_restarts=-1, max_task_retries=2, **place.options)
+            .remote(*arguments, place.probes)
+            for place in self._places
+        ]
 
-    def measure_reference(self) -> tuple[float, dict[str, Any]]:
-        """The dense model's latency in ms on the probe, and the probe's fingerprint."""
-        value: tuple[float, dict[str, Any]] = ray.get(self.probe.reference.remote())
-        return value
+    def measure_references(self) -> dict[str, tuple[float, dict[str, Any]]]:
+        """The dense model's latency in ms and the fingerprint of the device, by probe."""
+        found: dict[str, tuple[float, dict[str, Any]]] = {}
+        for measured in ray.get([probe.references.remote() for probe in self._probes]):
+            found |= measured
+        return found
 
     def measure_layers(self) -> LayerLatencies:
-        """The dense model's layers, each measured alone on the probe."""
-        value: LayerLatencies = ray.get(self.probe.layers.remote())
+        """The dense model's layers, each measured alone on the default probe."""
+        value: LayerLatencies = ray.get(self._probes[0].layers.remote())
         return value
 
     def run(self, coordinator: Coordinator, tick: Callable[[int], None]) -> None:
@@ -85,8 +96,9 @@ class Fleet:
         from .worker import Worker
 
         resources = self.config.resources
-        slots = min(_slots(self.config), resources.max_concurrent or 2**31)
+        slots = num_slots(self.config, self._places)
         problem = self._problem
+        references = coordinator.baseline.references
         state = {k: v.detach().cpu().numpy() for k, v in problem.model.state_dict().items()}
         parts = {
             "config": self.config,
@@ -95,8 +107,10 @@ class Fleet:
             "plan": problem.plan,
             "data_digest": problem.data_digest,
             "baseline_accuracy": coordinator.baseline.accuracy,
-            "reference_ms": coordinator.baseline.latency_ms,
-            "probe": self.probe,
+            "probes": [
+                (probe, {name: references[name] for name in place.probes})
+                for probe, place in zip(self._probes, self._places, strict=True)
+            ],
             "keeper": self.keeper,
         }
         trainable = tune.with_parameters(Worker, parts=parts)
@@ -121,49 +135,3 @@ def _read_log(place: Place) -> str:
         return str(ray.get(read.remote(place.log), timeout=LOG_TIMEOUT_S))
     except ray.exceptions.RayError:
         return ""
-
-
-# --- resources ----------------------------------------------------------------------------------
-
-
-def _slots(config: SearchConfig) -> int:
-    """How many trials fit on the cluster at once, beside the probe."""
-    have = ray.cluster_resources()
-    probe = _probe_resources(config)
-    fits = [
-        (have.get(name, 0) - probe[option]) / need
-        for name, option, need in (
-            ("CPU", "num_cpus", config.resources.cpu),
-            ("GPU", "num_gpus", config.resources.gpu),
-        )
-        if need > 0
-    ]
-    slots = int(min(fits) + 1e-9) if fits else 1
-    if slots < 1:
-        raise ConfigError(
-            f"`resources` (cpu={config.resources.cpu}, gpu={config.resources.gpu}) must fit on "
-            f"the cluster beside the latency probe: it has {have.get('CPU', 0):g} CPUs and "
-            f"{have.get('GPU', 0):g} GPUs. Lower resources.cpu or resources.gpu, or add nodes."
-        )
-    return slots
-
-
-def _probe_resources(config: SearchConfig) -> dict[str, Any]:
-    """The probe's own node if one is named so; else any node with the device it needs.
-
-    A GPU is the probe's alone where there is one to spare, and shared with trials where not.
-    """
-    have = ray.cluster_resources()
-    gpu = 0.0
-    if config.latency.device == "cuda":
-        spare = round(have.get("GPU", 0) - config.resources.gpu, 4)
-        gpu = 1.0 if spare >= 1 else min(spare, config.resources.gpu)
-        if gpu <= 0:
-            raise ConfigError(
-                f"`latency.device` (={config.latency.device}) must have a share of a GPU: the "
-                f"cluster has {have.get('GPU', 0):g} and a trial takes {config.resources.gpu:g}. "
-                "Set resources.gpu: 0.5, or latency.device: cpu."
-            )
-    if PROBE in have:
-        return {"num_cpus": 0, "num_gpus": gpu, "resources": {PROBE: 1}}
-    return {"num_cpus": 0 if gpu else config.latency.threads, "num_gpus": gpu}

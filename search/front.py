@@ -5,14 +5,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..methods.names import nearest
 from .config_errors import RuleError
-from .metrics import METRICS, Constraint
-from .records import TrialResult, TrialStatus
+from .metrics import Constraint, dense_value, metrics_of, split
+from .records import TrialResult, TrialStatus, probes_of
 from .yaml_source import ConfigError
 
 Array = npt.NDArray[np.float64]
@@ -137,7 +138,7 @@ def points_of(results: Sequence[TrialResult], objectives: Mapping[str, str]) -> 
 
 def front_hypervolume(
     results: Sequence[TrialResult],
-    baseline: Mapping[str, float],
+    baseline: Mapping[str, Any],
     objectives: Mapping[str, str],
 ) -> float:
     """Hypervolume of the completed trials, bounded by `reference_point`."""
@@ -146,7 +147,7 @@ def front_hypervolume(
 
 
 def reference_point(
-    baseline: Mapping[str, float], objectives: Mapping[str, str]
+    baseline: Mapping[str, Any], objectives: Mapping[str, str]
 ) -> tuple[float, ...]:
     """The fixed corner from which hypervolume is measured, a little worse than dense.
 
@@ -187,8 +188,11 @@ def choose(
             f"`metric` (={minimize}, {maximize}) must be one: exactly one of minimize and maximize"
             " is needed. Write for example --min latency_ms."
         )
-    _check_metric(metric)
     bounds = [_bound(text) for text in where]
+    probes = probes_of(results)
+    for name in (metric, *(bound.metric for bound in bounds)):
+        if results or not split(name)[1]:  # without results no probe is known
+            _check_metric(name, probes)
     measured = _measured(results, [metric, *(bound.metric for bound in bounds)])
     if not measured:
         raise ConfigError(
@@ -231,16 +235,15 @@ def _bound(text: str) -> Constraint:
         raise ConfigError(f"`where` (={text}) must {error}. {error.fix}") from None
 
 
-def _check_metric(metric: str) -> None:
-    if metric not in METRICS:
-        hint = nearest(metric, METRICS) or "Choose one of these."
-        raise ConfigError(
-            f"`metric` (={metric}) must be one of {', '.join(METRICS)}. {hint}".rstrip()
-        )
+def _check_metric(metric: str, probes: Sequence[str]) -> None:
+    known = metrics_of(probes)
+    if metric not in known:
+        hint = nearest(metric, known) or "Choose one of these."
+        raise ConfigError(f"`metric` (={metric}) must be one of {', '.join(known)}. {hint}")
 
 
-def _worst(metric: str, baseline: Mapping[str, float]) -> float:
-    match metric:
+def _worst(metric: str, baseline: Mapping[str, Any]) -> float:
+    match split(metric)[0]:
         case "accuracy":
             return 0.0
         case "accuracy_drop":
@@ -249,7 +252,10 @@ def _worst(metric: str, baseline: Mapping[str, float]) -> float:
             return 1 / 1.1
         case "loss":
             return max(1.1 * baseline["loss"], math.log(10))
-    return 1.1 * baseline[metric]
+    value = dense_value(baseline, metric)
+    if value is None:
+        raise KeyError(metric)
+    return 1.1 * value
 
 
 def _volume(costs: Array, reference: Array) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ..methods.names import nearest
 from .config_errors import RuleError
 
-METRICS: dict[str, Literal["maximize", "minimize"]] = {
+Direction = Literal["maximize", "minimize"]
+
+METRICS: dict[str, Direction] = {
     "accuracy": "maximize",
     "accuracy_drop": "minimize",
     "loss": "minimize",
@@ -23,7 +25,42 @@ METRICS: dict[str, Literal["maximize", "minimize"]] = {
 }
 """Columns of `TrialResult` that a search can optimise or bound, and their better direction."""
 
+BY_PROBE = ("latency_ms", "speedup")
+"""Metrics that named probes measure too; at the probe `edge` they are called `latency_ms@edge`."""
+
 _SAME = (("accuracy", "accuracy_drop"), ("latency_ms", "speedup"))
+
+
+def metrics_of(probes: Iterable[str]) -> list[str]:
+    """The names of all metrics where there are these named probes."""
+    return [*METRICS, *(f"{metric}@{probe}" for probe in probes for metric in BY_PROBE)]
+
+
+def direction_of(metric: str) -> Direction:
+    """The better direction of a metric, also of one of a named probe."""
+    return METRICS[split(metric)[0]]
+
+
+def split(metric: str) -> tuple[str, str]:
+    """`latency_ms@edge` as `latency_ms` and `edge`; the probe of other metrics is empty."""
+    name, _, probe = metric.partition("@")
+    return name, probe
+
+
+def dense_value(baseline: Mapping[str, Any], metric: str) -> float | None:
+    """The dense model's value of a metric; None where it was not measured.
+
+    Args:
+        baseline: The fields of `Baseline`.
+        metric: Its name.
+    """
+    name, probe = split(metric)
+    if name in ("speedup", "accuracy_drop"):
+        return 1.0 if name == "speedup" else 0.0
+    if probe:
+        baseline = baseline.get("latency_by_probe", {}).get(probe, {})
+    value: float | None = baseline.get(name)
+    return value
 
 
 @dataclass(frozen=True)
@@ -41,14 +78,14 @@ class Constraint:
         Raises:
             ValueError: If it is not of that form or the metric is unknown.
         """
-        form = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*", str(text))
+        form = re.fullmatch(r"\s*(\w+(?:@\w+)?)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*", str(text))
         bound = _number(form[3]) if form else math.nan
         if form is None or not math.isfinite(bound):
             raise RuleError(
                 "have the form `metric <= number` (or <, >=, >)",
                 fix="Write for example `accuracy_drop <= 0.05`.",
             )
-        if form[1] not in METRICS:
+        if not _well_formed(form[1]):
             raise RuleError(
                 f"bound one of {', '.join(METRICS)}",
                 fix=nearest(form[1], METRICS) or "Choose one of these.",
@@ -78,24 +115,26 @@ def check_objectives(objectives: object) -> dict[str, str]:
             fix="Write for example `{accuracy: maximize, latency_ms: minimize}`.",
         )
     for metric, direction in objectives.items():
-        if metric not in METRICS:
+        if not _well_formed(metric):
             raise RuleError(
                 f"be one of {', '.join(METRICS)}: it is no metric of a trial",
                 metric,
                 fix=nearest(metric, METRICS) or "Choose one of these.",
             )
-        if direction != METRICS[metric]:
+        if direction != direction_of(metric):
             raise RuleError(
-                f"be {METRICS[metric]}: that is the better direction of {metric}",
+                f"be {direction_of(metric)}: that is the better direction of {metric}",
                 metric,
-                fix=f"Write `{metric}: {METRICS[metric]}`.",
+                fix=f"Write `{metric}: {direction_of(metric)}`.",
             )
-    for first, second in _SAME:
-        if first in objectives and second in objectives:
-            raise RuleError(
-                f"not name both {first} and {second}: one follows from the other",
-                fix=f"Delete {second}.",
-            )
+    for metric in objectives:
+        name, at, probe = metric.partition("@")
+        for first, second in _SAME:
+            if name == second and f"{first}{at}{probe}" in objectives:
+                raise RuleError(
+                    f"not name both {first}{at}{probe} and {metric}: one follows from the other",
+                    fix=f"Delete {metric}.",
+                )
     return dict(objectives)
 
 
@@ -121,6 +160,33 @@ def check_constraints(constraints: tuple[Constraint, ...]) -> tuple[Constraint, 
                     fix="Delete one of the two.",
                 )
     return constraints
+
+
+def check_probes(
+    objectives: Mapping[str, str], constraints: Sequence[Constraint], probes: Iterable[str]
+) -> None:
+    """Check that the probes that metrics name are there.
+
+    Raises:
+        ValueError: Naming the objective or the constraint that names another one.
+    """
+    known = metrics_of(probes)
+    named: list[tuple[str, tuple[str | int, ...]]]
+    named = [(metric, ("objectives", metric)) for metric in objectives]
+    named += [(one.metric, ("constraints", index)) for index, one in enumerate(constraints)]
+    for metric, place in named:
+        if metric not in known:
+            raise RuleError(
+                f"name one of {', '.join(known)}: `probes` has no {split(metric)[1]}",
+                *place,
+                fix=nearest(metric, known[len(METRICS) :]) or "Add it to `probes`.",
+            )
+
+
+def _well_formed(metric: str) -> bool:
+    """Whether it is a metric, or would be with the right probe."""
+    name, at, probe = metric.partition("@")
+    return name in METRICS and (not at or (name in BY_PROBE and bool(probe)))
 
 
 def _number(text: str) -> float:

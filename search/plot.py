@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..methods.names import nearest
 from .front import front_of
-from .metrics import METRICS
-from .records import TrialResult, TrialStatus, is_uniform
+from .metrics import dense_value, direction_of, metrics_of, split
+from .records import TrialResult, TrialStatus, is_uniform, probes_of
 from .store import atomic_write_bytes
 from .yaml_source import ConfigError
 
@@ -28,7 +28,7 @@ BLUE, VERMILLION, ORANGE, GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
 # Okabe and Ito's palette: distinct for colour-blind readers; markers differ too.
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Axis:
     label: str
     scale: float = 1.0
@@ -72,8 +72,9 @@ def plot_front(
     Raises:
         ConfigError: If a metric or the format is unknown.
     """
-    _check("x", x, METRICS)
-    _check("y", y, METRICS)
+    known = metrics_of(sorted({*probes_of(results), *baseline.get("latency_by_probe", {})}))
+    _check("x", x, known)
+    _check("y", y, known)
     return _save(
         Path(path), x, y, title, lambda axes: _draw(axes, results, baseline, x, y), columns=3
     )
@@ -188,15 +189,19 @@ def _draw(
             style = {"linewidths": 0.8, **style}
             axes.scatter(points[0], points[1], label=label, **style)
     _draw_front(axes, completed, x, y)
-    if baseline.get(x) is not None and baseline.get(y) is not None:
-        place = [float(baseline[name]) * _AXES[name].scale for name in (x, y)]
+    place = [
+        value * _axis(name).scale
+        for name in (x, y)
+        if baseline and (value := dense_value(baseline, name)) is not None
+    ]
+    if len(place) == 2:
         star: Style = {"marker": "*", "s": 300, "color": VERMILLION, "edgecolors": "white"}
         axes.scatter(place[0], place[1], label="dense model", linewidths=1.0, zorder=7, **star)
 
 
 def _draw_front(axes: Axes, completed: Sequence[TrialResult], x: str, y: str) -> None:
     """The staircase of what is attained: from the best x on, y holds until the next member."""
-    front = front_of(completed, {y: METRICS[y], x: METRICS[x]})
+    front = front_of(completed, {y: direction_of(y), x: direction_of(x)})
     if not front:
         return
     xs, ys = [_scaled(x)(r) for r in front], [_scaled(y)(r) for r in front]
@@ -210,8 +215,8 @@ def _draw_front(axes: Axes, completed: Sequence[TrialResult], x: str, y: str) ->
 
 def _decorate(axes: Axes, x: str, y: str, title: str) -> None:
     for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
-        better = "higher" if METRICS[name] == "maximize" else "lower"
-        set_label(f"{_AXES[name].label}, {better} is better", fontsize=10.5, color=INK)
+        better = "higher" if direction_of(name) == "maximize" else "lower"
+        set_label(f"{_axis(name).label}, {better} is better", fontsize=10.5, color=INK)
     if title:
         axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=10)
     tidy(axes)
@@ -219,7 +224,13 @@ def _decorate(axes: Axes, x: str, y: str, title: str) -> None:
 
 
 def _scaled(name: str) -> Callable[[TrialResult], float]:
-    return lambda result: (result.metric(name) or 0.0) * _AXES[name].scale
+    return lambda result: (result.metric(name) or 0.0) * _axis(name).scale
+
+
+def _axis(metric: str) -> _Axis:
+    name, probe = split(metric)
+    axis = _AXES[name]
+    return dataclasses.replace(axis, label=f"{axis.label} on {probe}") if probe else axis
 
 
 def _is_random(result: TrialResult) -> bool:

@@ -102,6 +102,8 @@ class TrialResult:
     latency_ms_p10: float | None = None
     latency_ms_p90: float | None = None
     speedup: float | None = None
+    latency_ms_by_probe: dict[str, float] = field(default_factory=dict)  # of the named probes
+    speedup_by_probe: dict[str, float] = field(default_factory=dict)
     macs: int | None = None
     num_params: int | None = None
     peak_memory_mib: float | None = None
@@ -121,8 +123,9 @@ class TrialResult:
     weights: str | None = None
 
     def metric(self, name: str) -> float | None:
-        """Value of the metric column `name`, as a float, or None."""
-        value = getattr(self, name)
+        """Value of a metric such as `latency_ms` or `latency_ms@edge`, as a float, or None."""
+        column, _, probe = name.partition("@")
+        value = getattr(self, f"{column}_by_probe").get(probe) if probe else getattr(self, name)
         return None if value is None else float(value)
 
     def to_json(self) -> str:
@@ -134,6 +137,11 @@ class TrialResult:
         """Inverse of `to_json`."""
         data = json.loads(text)
         return cls(**data | {"status": TrialStatus(data["status"])})
+
+
+def probes_of(results: Iterable[TrialResult]) -> list[str]:
+    """The named probes that have measured any of the trials."""
+    return sorted({name for result in results for name in result.latency_ms_by_probe})
 
 
 def is_uniform(result: TrialResult) -> bool:

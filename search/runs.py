@@ -25,6 +25,7 @@ from .config import (
 from .early_stop import ladder_of, settled
 from .front import choose, front_hypervolume, front_of
 from .interrupt import stopping_gently
+from .metrics import dense_value
 from .mirror import folder_of
 from .plateau import has_ended
 from .progress import Progress
@@ -36,8 +37,6 @@ from .store import Store, atomic_write_bytes, read_as, sweep_unfinished, write_j
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .dense import Baseline
-    from .fleet import Fleet
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -125,7 +124,7 @@ class Run:
     def hypervolume(self) -> float | None:
         """Hypervolume of the front against the run's fixed reference point."""
         baseline, objectives = self.baseline, self.config.objectives
-        if not baseline or any(baseline.get(metric, 0) is None for metric in objectives):
+        if not baseline or any(dense_value(baseline, m) is None for m in objectives):
             return None  # the dense model is not wholly measured yet
         try:
             return front_hypervolume(self.results(), baseline, objectives)
@@ -331,14 +330,15 @@ def _execute(
     allow_space_change: bool | None = None,
 ) -> Run:
     """Runs a new search, or (where `allow_space_change` is not None) goes on with one."""
-    from .cluster import check_local, connecting
+    from .cluster import check_local, connecting, probe_resources
 
     progress = progress or Progress.silent()
     place = place if is_uri(place) else Path(place).absolute()  # Ray's workers start elsewhere
     folder = folder_of(place)
     clock, warnings = _Clock(), ignored_settings(config)
     new = allow_space_change is None
-    with ExitStack() as run_folder, connecting(address) as wait_for_ray:
+    resources = probe_resources(config).values()
+    with ExitStack() as run_folder, connecting(address, resources) as wait_for_ray:
         with clock("load_s"):  # the imports too: they take seconds
             from .changes import remember, settle_changes
             from .fleet import Fleet
@@ -371,12 +371,12 @@ def _execute(
         _describe(config, folder, new=new)
         with clock("ray_start_s"):
             wait_for_ray()
-            fleet = Fleet(problem, folder)
+            fleet = Fleet(problem, folder, progress.say)
         with clock("load_s"):  # the rest, while the probe starts
             from . import driver  # noqa: F401  # Tune's, the slowest
             from .coordinator import Coordinator
             from .costs import costs_of
-            from .dense import prepare_dense
+            from .dense import prepare_dense, with_references
             from .seeds import default_seeds
             from .sensitivity import measure_sensitivity
             from .surrogate.hints import hints_of
@@ -389,7 +389,8 @@ def _execute(
         with clock("sensitivity_s"):
             table = measure_sensitivity(problem, space, baseline.accuracy, folder, progress.say)
         with clock("reference_s"):
-            baseline = _with_reference(baseline, fleet, folder, progress)
+            measured = fleet.measure_references()
+            baseline = with_references(baseline, measured, folder, progress.say)
         with clock("sensitivity_s"):
             costs = costs_of(problem, space, table, folder, fleet.measure_layers)
             seeds = default_seeds(space, config, table, costs)
@@ -413,25 +414,6 @@ def _execute(
         if signals and coordinator.stopped is not None:
             raise KeyboardInterrupt  # something is left to do
     return Run(place)
-
-
-def _with_reference(
-    baseline: Baseline, fleet: Fleet, folder: Path, progress: Progress
-) -> Baseline:
-    """The baseline with the dense latency: measured once a run, kept when it is resumed."""
-    latency_ms, probe = fleet.measure_reference()
-    if baseline.latency_ms is None:
-        baseline = dataclasses.replace(baseline, latency_ms=latency_ms, probe=probe)
-        baseline.write(folder)
-        progress.say(f"dense latency {latency_ms:.3f} ms on {probe.get('gpu', probe['cpu'])}")
-    changed = [k for k in ("cpu", "gpu", "torch") if baseline.probe.get(k) != probe.get(k)]
-    if changed:
-        progress.say(
-            "warning: latencies are now measured on another "
-            + " and ".join(f"{k} ({probe.get(k)}, was {baseline.probe.get(k)})" for k in changed)
-            + ": speedups of the two sessions may differ"
-        )
-    return baseline
 
 
 def _describe(config: SearchConfig, folder: Path, *, new: bool) -> None:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .config import SearchConfig
 from .early_stop import RISING
 from .front import reference_point
-from .metrics import METRICS
+from .metrics import metrics_of
 from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, violations
 from .seeds import Seed
 from .space import Params, Space
@@ -164,6 +164,7 @@ class _Surrogate:
         worst = dict(zip(objectives, reference_point(baseline, objectives), strict=True))
         self._proposer = SurrogateProposer(space, objectives, config.constraints, worst, hints)
         self._worst = {name: value for name, value in worst.items() if name in RISING}
+        self._metrics = metrics_of(config.probes)
         self._observations: dict[int, Observation] = {}
 
     def learn(self, told: Sequence[Told]) -> None:
@@ -176,7 +177,7 @@ class _Surrogate:
                     proposal.params, proposal.candidate, self._worst, 0.0
                 )
                 continue
-            measured = {name: result.metric(name) for name in METRICS}
+            measured = {name: result.metric(name) for name in self._metrics}
             if result.status != TrialStatus.COMPLETED and result.fidelity < FULL_FIDELITY:
                 measured |= dict.fromkeys(RISING)
             self._observations[proposal.number] = Observation(

@@ -80,7 +80,7 @@ def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
     Raises:
         ConfigError: If any of it is wrong, or nothing can be removed.
     """
-    device = trial_device(config)
+    device = driver_device(config)
     try:
         data = load_images(config)
         task = make_task(config, data, device)
@@ -111,7 +111,7 @@ def trial_device(config: SearchConfig) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"`resources.gpu` (={config.resources.gpu}) must be 0 here: torch sees no GPU on "
-                "this machine, which trains the dense model. Set resources.gpu: 0."
+                "this machine, which trains. Set resources.gpu: 0."
             )
         return torch.device("cuda")
     return torch.device("cpu")
@@ -120,6 +120,11 @@ def trial_device(config: SearchConfig) -> torch.device:
 def further_devices(config: SearchConfig) -> tuple[torch.device, ...]:
     """The GPUs that a trial has beside its first one; they share its fine-tuning."""
     return tuple(torch.device("cuda", n) for n in range(1, math.ceil(config.resources.gpu)))
+
+
+def driver_device(config: SearchConfig) -> torch.device:
+    """Where the dense model trains: as trials do, and on the CPU of a head node without a GPU."""
+    return trial_device(config) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_images(config: SearchConfig) -> ImageData:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
-SCHEMA_VERSION = 2  # 2: accuracy_by_fidelity
+SCHEMA_VERSION = 3  # 2: accuracy_by_fidelity; 3: latency_ms_by_probe, speedup_by_probe
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them
 _SAFE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"  # a name that cannot lead out of its folder
 _DAMAGED = (  # what reading a file that is none of ours, or cut short, or changed, may raise
@@ -36,6 +36,7 @@ _DAMAGED = (  # what reading a file that is none of ours, or cut short, or chang
 )
 _VERSION_KEY = b"prune_search.schema_version"
 _TIME = pa.timestamp("us", tz="UTC")
+_BY_NAME = pa.map_(pa.string(), pa.float64())
 _METRICS = [
     "accuracy",
     "accuracy_before_finetune",
@@ -48,6 +49,7 @@ _OTHER_METRICS = [
     "latency_ms_p90",
     "speedup",
 ]
+_BY_PROBE = ["latency_ms_by_probe", "speedup_by_probe"]
 _TIMES = ["score_s", "prune_s", "finetune_s", "measure_s", "wait_s"]
 
 T = TypeVar("T")
@@ -65,6 +67,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.float64()) for name in _METRICS),
         pa.field("accuracy_by_fidelity", pa.list_(pa.float64()), nullable=False),
         *(pa.field(name, pa.float64()) for name in _OTHER_METRICS),
+        *(pa.field(name, _BY_NAME, nullable=False) for name in _BY_PROBE),
         pa.field("macs", pa.int64()),
         pa.field("num_params", pa.int64()),
         pa.field("peak_memory_mib", pa.float64()),
@@ -127,7 +130,7 @@ class Store:
         return to_table(self.read())
 
     def frame(self) -> pd.DataFrame:
-        """What `read` returns, as pandas; counts are nullable integers, `widths` are dicts."""
+        """What `read` returns, as pandas; counts are nullable integers, maps are dicts."""
         import pandas as pd
 
         counts = {pa.int64(): pd.Int64Dtype()}
@@ -336,6 +339,8 @@ def _to_row(result: TrialResult) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             row[name] = None if SCHEMA.field(name).nullable else 0.0
+    for name in _BY_PROBE:
+        row[name] = {k: v for k, v in row[name].items() if v is not None and math.isfinite(v)}
     for name in ("started_at", "finished_at"):
         if row[name] is not None:
             row[name] = datetime.fromtimestamp(row[name], UTC)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .early_stop import ladder_of, rank_correlations
 from .export import read_recipe
+from .metrics import dense_value, metrics_of, split
 from .records import Candidate, TrialResult
 from .runs import Run
 from .yaml_source import printable
@@ -43,17 +44,20 @@ def front_rows(run: Run, objectives: Mapping[str, str] | None = None) -> list[di
 
 def front_table(run: Run, objectives: Mapping[str, str] | None = None) -> Table:
     """The front in the run's objectives or in others, with the dense baseline first."""
-    baseline = run.baseline
-    table = Table(title=f"Pareto front of {run.config.name} (validation split)")
+    baseline, config = run.baseline, run.config
+    table = Table(title=f"Pareto front of {config.name} (validation split)")
+    by_probe = [f"{name}@{probe}" for probe in config.probes for name in ("latency ms", "speedup")]
     for name in (
-        "trial", "accuracy", "drop", "before ft", "latency ms", "speedup", "MACs M", "params k",
-        "memory MiB", "criterion", "blocks dropped", "channels kept",
+        "trial", "accuracy", "drop", "before ft", "latency ms", "speedup", *by_probe, "MACs M",
+        "params k", "memory MiB", "criterion", "blocks dropped", "channels kept",
     ):  # fmt: skip
         table.add_column(name, justify="left" if name in _TEXT else "right")
     if baseline:
-        table.add_row("dense", *_numbers(_dense_row(baseline)), "", "", "", style="bold")
+        table.add_row(
+            "dense", *_numbers(_dense_row(baseline), config.probes), "", "", "", style="bold"
+        )
     for result in run.front_results(objectives):
-        table.add_row(result.trial_id, *_numbers(result), *_choices(result))
+        table.add_row(result.trial_id, *_numbers(result, config.probes), *_choices(result))
     return table
 
 
@@ -73,6 +77,11 @@ def status_of(run: Run) -> dict[str, Any]:
         "by_status": dict(counts),
         "front": len(run.front_results()),
         "hypervolume": run.hypervolume(),
+        "dense_latency_ms": {
+            metric: dense_value(run.baseline, metric)
+            for metric in metrics_of(config.probes)
+            if split(metric)[0] == "latency_ms"
+        },
         "failures": dict(failures.most_common(5)),
         "rank_correlations": [
             dataclasses.asdict(c) | {"warning": c.warning} for c in rank_correlations(results)
@@ -94,6 +103,9 @@ def status_table(status: Mapping[str, Any]) -> Table:
     volume = status["hypervolume"]
     table.add_row("front", f"{status['front']} members")
     table.add_row("hypervolume", "not yet" if volume is None else f"{volume:.4f}")
+    for metric, latency_ms in status["dense_latency_ms"].items():
+        if split(metric)[1] and latency_ms is not None:
+            table.add_row(f"dense {metric}", f"{latency_ms:.3f}")
     for message, count in status["failures"].items():
         table.add_row("failed", f"{count} x {printable(message)}")
     for row in correlation_rows(status["rank_correlations"]):
@@ -271,16 +283,21 @@ _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")
 def _dense_row(baseline: Mapping[str, Any]) -> TrialResult:
     names = ("accuracy", "latency_ms", "macs", "num_params", "peak_memory_mib")
     known = {name: baseline.get(name) for name in names}
+    probes = baseline.get("latency_by_probe", {})
+    known["latency_ms_by_probe"] = {name: found["latency_ms"] for name, found in probes.items()}
+    known["speedup_by_probe"] = dict.fromkeys(probes, 1.0)
     return TrialResult("dense", status="completed", accuracy_drop=0.0, speedup=1.0, **known)  # type: ignore[arg-type]
 
 
-def _numbers(row: TrialResult) -> list[str]:
+def _numbers(row: TrialResult, probes: Iterable[str]) -> list[str]:
+    by_probe = [(row.metric(f"latency_ms@{p}"), row.metric(f"speedup@{p}")) for p in probes]
     return [
         _number(row.accuracy, ".4f"),
         _number(row.accuracy_drop, "+.4f"),
         _number(row.accuracy_before_finetune, ".4f"),
         _number(row.latency_ms, ".3f"),
         _number(row.speedup, ".2f"),
+        *(text for ms, x in by_probe for text in (_number(ms, ".3f"), _number(x, ".2f"))),
         _number(row.macs, ".2f", 1e-6),
         _number(row.num_params, ".1f", 1e-3),
         _number(row.peak_memory_mib, ".2f"),

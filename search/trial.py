@@ -19,6 +19,7 @@ from ..methods.finetune import Finetuning, recalibrate_batch_norm
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from ..methods.surgery import Recipe, layer_widths, prune
+from .config import DEFAULT_PROBE
 from .context import TrialContext, TrialSpec
 from .deaths import is_disk_full
 from .early_stop import RISING
@@ -236,12 +237,16 @@ def _measure_latency(recipe: Recipe, context: TrialContext, result: TrialResult)
     if context.measure_latency is None:
         return
     start = time.perf_counter()
-    latency, busy_s = context.measure_latency(recipe)
+    found, busy_s = context.measure_latency(recipe)
     result.wait_s += max(0.0, time.perf_counter() - start - busy_s)
+    latency = found[DEFAULT_PROBE]
     result.speedup = latency.speedup
     result.latency_ms = latency.latency_ms
     result.latency_ms_p10 = latency.latency_ms_p10
     result.latency_ms_p90 = latency.latency_ms_p90
+    named = {name: latency for name, latency in found.items() if name != DEFAULT_PROBE}
+    result.latency_ms_by_probe = {name: one.latency_ms for name, one in named.items()}
+    result.speedup_by_probe = {name: one.speedup for name, one in named.items()}
 
 
 def _report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import cluster  # noqa: F401  # first: it sets Ray's environment
@@ -19,7 +19,7 @@ from ..methods.measure import Latency
 from ..methods.surgery import Recipe
 from .cache import user_shelf
 from .config import SearchConfig
-from .context import TrialContext, TrialSpec
+from .context import MeasureLatency, TrialContext, TrialSpec
 from .deaths import Place, own_log
 from .finished import FinishedTrials
 from .keeper import shares
@@ -63,7 +63,7 @@ class Worker(tune.Trainable):
             dense=model.eval(),
             plan=parts["plan"],
             baseline_accuracy=parts["baseline_accuracy"],
-            measure_latency=_asks(parts["probe"], parts["reference_ms"]),
+            measure_latency=_asks(parts["probes"]),
             shared=shares(parts["keeper"]),
             data_digest=parts["data_digest"],
             finished=_finished(parts["keeper"], search),
@@ -120,10 +120,17 @@ class Worker(tune.Trainable):
         """A retried trial goes on from its rung."""
 
 
-def _asks(probe: Any, reference_ms: float) -> Callable[[Recipe], tuple[Latency, float]]:
-    def measure(recipe: Recipe) -> tuple[Latency, float]:
-        answer: tuple[Latency, float] = ray.get(probe.measure.remote(recipe, reference_ms))
-        return answer
+def _asks(probes: Sequence[tuple[Any, Mapping[str, float]]]) -> MeasureLatency:
+    """Asks all probe actors at once; each answers for the probes of its node."""
+
+    def measure(recipe: Recipe) -> tuple[dict[str, Latency], float]:
+        calls = [probe.measure.remote(recipe, references) for probe, references in probes]
+        found: dict[str, Latency] = {}
+        busy_s = 0.0
+        for latencies, seconds in ray.get(calls):
+            found |= latencies
+            busy_s = max(busy_s, seconds)
+        return found, busy_s
 
     return measure
 

@@ -18,7 +18,7 @@ from prunesearch.methods.measure import Latency
 from prunesearch.methods.surgery import apply
 from prunesearch.search import Run
 from prunesearch.search.cache import Cache, sharing_here
-from prunesearch.search.config import SearchConfig, parse_config
+from prunesearch.search.config import DEFAULT_PROBE, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import prepare_dense
 from prunesearch.search.digests import model_key
@@ -62,7 +62,7 @@ def context_of(problem: Problem, folder: Path, run: str, **changes: Any) -> Tria
         problem.model,
         problem.plan,
         problem.task.evaluate(problem.model)["accuracy"],
-        lambda recipe: (LATENCY, 0.0),
+        lambda recipe: ({DEFAULT_PROBE: LATENCY}, 0.0),
         shared=sharing_here(cache),
         finished=FinishedTrials(cache.published, cache.publish, run),
     )
@@ -77,7 +77,10 @@ def test_a_finished_trial_is_reused_with_its_weights(problem: Problem, tmp_path:
     first = run_trial(spec(), context_of(problem, tmp_path, "first"))
     slower = dataclasses.replace(LATENCY, latency_ms=0.7)
     second_context = context_of(
-        problem, tmp_path, "second", measure_latency=lambda recipe: (slower, 0.0)
+        problem,
+        tmp_path,
+        "second",
+        measure_latency=lambda recipe: ({DEFAULT_PROBE: slower}, 0.0),
     )
     second = run_trial(spec(trial_id="t00007"), second_context)
     assert first.result.message == "" and first.result.status == TrialStatus.COMPLETED

@@ -14,7 +14,7 @@ from torch import nn
 
 from prunesearch.methods.measure import Latency, count_macs, paired_latency
 from prunesearch.methods.surgery import Recipe, apply
-from prunesearch.search.config import ConfigError, SearchConfig, parse_config
+from prunesearch.search.config import DEFAULT_PROBE, ConfigError, SearchConfig, parse_config
 from prunesearch.search.context import TrialContext, TrialSpec
 from prunesearch.search.dense import DENSE_WEIGHTS, dense_key, prepare_dense
 from prunesearch.search.keeper import Keeper
@@ -62,10 +62,11 @@ def problem(folder) -> Problem:
 
 @pytest.fixture
 def context(problem) -> TrialContext:
-    def measure(recipe: Recipe) -> tuple[Latency, float]:
+    def measure(recipe: Recipe) -> tuple[dict[str, Latency], float]:
         model = apply(copy.deepcopy(problem.model), problem.plan, recipe)
         example = problem.task.example_input()
-        return paired_latency(model, problem.model, example, reference_ms=1.0, runs=12), 0.0
+        latency = paired_latency(model, problem.model, example, reference_ms=1.0, runs=12)
+        return {DEFAULT_PROBE: latency}, 0.0
 
     accuracy = problem.task.evaluate(problem.model)["accuracy"]
     return TrialContext(
