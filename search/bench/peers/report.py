@@ -150,10 +150,10 @@ def _markdown(
         f"{config.model.name} on {config.data.name}"
         + (f" at {config.data.image_size} px" if config.data.image_size else "")
         + f", {config.recover.epochs:g} epoch of recovery a candidate, {seconds:g} s a method "
-        f"and seed, {len(dense)} seed(s), {workers} worker(s) of "
-        f"{max(1, int(config.resources.cpu))} thread(s) for all. Dense accuracy by seed: "
+        f"and seed, {_count(len(dense), 'seed')}, {_count(workers, 'worker')} of "
+        f"{_count(max(1, int(config.resources.cpu)), 'thread')} for all. Dense accuracy by seed: "
         f"{', '.join(dense)}. Latency: {config.latency.device}, batch "
-        f"{config.latency.batch_size}, {config.latency.threads} thread(s), one probe for all.",
+        f"{config.latency.batch_size}, {_count(config.latency.threads, 'thread')}, one probe for all.",
         "",
         f"Hardware: {environment['cpu']}, {environment['cores']} cores; {', '.join(versions)}.",
         "",
@@ -243,3 +243,7 @@ def _draw(curves: Curves, seconds: float, path: Path, title: str) -> None:
         handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
     )
     save_figure(figure, path)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
