@@ -153,7 +153,8 @@ def _markdown(
         f"and seed, {_count(len(dense), 'seed')}, {_count(workers, 'worker')} of "
         f"{_count(max(1, int(config.resources.cpu)), 'thread')} for all. Dense accuracy by seed: "
         f"{', '.join(dense)}. Latency: {config.latency.device}, batch "
-        f"{config.latency.batch_size}, {_count(config.latency.threads, 'thread')}, one probe for all.",
+        f"{config.latency.batch_size}, {_count(config.latency.threads, 'thread')}, one probe for "
+        "all.",
         "",
         f"Hardware: {environment['cpu']}, {environment['cores']} cores; {', '.join(versions)}.",
         "",
