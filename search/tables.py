@@ -128,7 +128,7 @@ def correlation_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
     return rows
 
 
-def runs_table(statuses: Sequence[Mapping[str, Any]], folder: Path) -> Table:
+def runs_table(statuses: Sequence[Mapping[str, Any]], folder: str | Path) -> Table:
     """One line a run."""
     table = Table(title=f"Runs in {folder}")
     for name in ("run", "model", "data", "trials", "front", "hypervolume"):

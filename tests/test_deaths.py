@@ -51,13 +51,14 @@ def test_a_hang_that_holds_the_lock_is_ended_and_says_where(tmp_path: Path) -> N
         "from prunesearch.search import watchdog\n"
         "watchdog.TIMEOUT_GRACE_S = 0.1\n"
         "def forward():\n"
-        "  ctypes.PyDLL(None).sleep(1000)\n"
+        "  mutex = ctypes.create_string_buffer(64)\n"
+        "  while True: ctypes.PyDLL(None).pthread_mutex_lock(mutex)\n"
         "with watchdog.watchdog(0.1):\n"
         "  forward()\n"
     )
     death = cause_of_death(DIED, log_of(tmp_path, code), limit_s=0.1)
     assert "`resources.trial_timeout_s` (=0.1) and could not be interrupted" in death.cause
-    assert "(in forward, <string>:5)" in death.cause and not death.again
+    assert "(in forward, <string>:6)" in death.cause and not death.again
 
 
 @pytest.mark.parametrize(
