@@ -247,11 +247,11 @@ def _worst(metric: str, baseline: Mapping[str, Any]) -> float:
         case "accuracy":
             return 0.0
         case "accuracy_drop":
-            return baseline["accuracy"]
+            return float(baseline["accuracy"])
         case "speedup":
             return 1 / 1.1
         case "loss":
-            return max(1.1 * baseline["loss"], math.log(10))
+            return max(1.1 * float(baseline["loss"]), math.log(10))
     value = dense_value(baseline, metric)
     if value is None:
         raise KeyError(metric)
