@@ -75,14 +75,23 @@ def settle_changes(folder: Path, problem: Problem, *, allow_space_change: bool) 
 
 def _fixed(problem: Problem) -> dict[str, Any]:
     sections = problem.config.model_dump(mode="json")
+    groups = {group.name: group.num_channels for group in problem.plan.groups}
+    return {
+        "meaning": _meaning(sections) | {"images": problem.data_digest},
+        "space": sections["space"] | {"removable_blocks": list(problem.blocks), "groups": groups},
+    }
+
+
+def _meaning(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that say what a trial means, without what only says where things are."""
     meaning = {name: sections[name] for name in MEANING}
     for section, key in MOVABLE:
         meaning[section] = {k: v for k, v in meaning[section].items() if k != key}
-    groups = {group.name: group.num_channels for group in problem.plan.groups}
-    return {
-        "meaning": meaning | {"images": problem.data_digest},
-        "space": sections["space"] | {"removable_blocks": list(problem.blocks), "groups": groups},
+    meaning["probes"] = {
+        name: {k: v for k, v in probe.items() if k != "resource"}
+        for name, probe in meaning["probes"].items()
     }
+    return meaning
 
 
 def _with_defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +100,7 @@ def _with_defaults(fixed: Mapping[str, Any]) -> dict[str, Any]:
     images = {"images": meaning.pop("images")}
     found = {name: space.pop(name) for name in ("removable_blocks", "groups")}
     sections = parse_config({**meaning, "space": space}).model_dump(mode="json")
-    meaning = {name: sections[name] for name in MEANING}
-    for section, key in MOVABLE:
-        meaning[section].pop(key)
-    return {"meaning": meaning | images, "space": sections["space"] | found}
+    return {"meaning": _meaning(sections) | images, "space": sections["space"] | found}
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -270,7 +270,7 @@ def test_page_links_to_files_that_exist(page: Path) -> None:
 
 def test_overview_names_every_file() -> None:
     linked = set(re.findall(r"\]\(([^)]+)\)", (CLUSTERS / "README.md").read_text()))
-    assert {path.name for path in CLUSTERS.iterdir()} - {"README.md"} == linked
+    assert {path.name for path in CLUSTERS.iterdir()} - {"README.md"} <= linked
 
 
 def test_every_start_of_ray_is_with_a_token() -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from prunesearch.methods.surgery import Recipe
 from prunesearch.search import ConfigError, Run, cli, load_config, parse_config
+from prunesearch.search.changes import remember, settle_changes
 from prunesearch.search.cluster import check_local, probe_resources
 from prunesearch.search.config import DEFAULT_PROBE, SearchConfig, dump_config
 from prunesearch.search.dense import Baseline, prepare_dense, with_references
@@ -235,7 +236,7 @@ def test_axes_say_which_probe(tmp_path: Path) -> None:
     baseline = {"accuracy": 0.9, "latency_by_probe": {"a": {"latency_ms": 2.0}}}
     path = plot_front(ROWS, baseline, tmp_path / "a.png", x="latency_ms@a")
     assert path.stat().st_size > 10_000
-    with pytest.raises(ConfigError, match="Did you mean `latency_ms@a`"):
+    with pytest.raises(ConfigError, match="Did you mean `latency_ms@[ab]`"):
         plot_front(ROWS, baseline, tmp_path / "c.png", x="latency_ms@c")
 
 
@@ -434,3 +435,22 @@ def test_the_dense_model_trains_on_the_cpu_of_a_head_without_a_gpu(tmp_path: Pat
     assert said[0].endswith("1 epochs, on the CPU: torch sees no GPU on this machine")
     with pytest.raises(ConfigError, match="torch sees no GPU"):
         trial_device(on_gpus)  # a worker's
+
+
+# --- going on --------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_probes_wherever_they_are_now(tmp_path: Path) -> None:
+    begun = {"probes": {"a": {"resource": "here"}}, "objectives": {"latency_ms@a": "minimize"}}
+    problem = pose(config(**begun))
+    remember(tmp_path, problem)
+
+    def go_on(**probe: Any) -> list[str]:
+        now = config(**{**begun, "probes": {"a": probe}})
+        return settle_changes(
+            tmp_path, dataclasses.replace(problem, config=now), allow_space_change=False
+        )
+
+    assert go_on(resource="there") == []
+    with pytest.raises(ConfigError, match="probes.a.threads: 1 -> 2"):
+        go_on(threads=2)
