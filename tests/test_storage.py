@@ -22,8 +22,10 @@ from prunesearch.search.locks import Owner, StorageError
 from prunesearch.search.mirror import Mirror, folder_of
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.remote import Remote, UnreachableError, checked, is_safe
+from prunesearch.search.runs import check_new_folder
 from prunesearch.search.storage import driving, opened
 from prunesearch.search.store import Store
+from prunesearch.search.uploads import Uploads
 
 Machine = Callable[[str], None]
 Invoke = Callable[..., tuple[int, str, str]]
@@ -462,35 +464,41 @@ def test_a_store_that_stays_away_fails_the_run_and_loses_nothing(
     s3: S3, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(uploads, "PATIENCE_STOPPED_S", 0.0)
     uri, said = s3.uri(f"runs/{tmp_path.name}"), []
     folder = folder_of(uri)
-    for error, expected in ((None, StorageError), (KeyError(), KeyError)):
-        try:
-            with pytest.raises(expected) as raised:
-                with driving(uri, said.append, new=error is None):
-                    s3.gate.shut()
-                    Store(folder).write_trial(row(0 if error is None else 1))
-                    (folder / "config.yaml").write_text(SMALL)
-                    if error is not None:
-                        raise error
-        finally:
-            s3.gate.open()
-        Remote(uri).delete(".lock")  # it names this process, which lives
-        told = str(raised.value) if error is None else said[-1]
-        assert f"Nothing is lost: all is in {folder}" in told and "prune-search resume 's3" in told
-    assert not Remote(uri).files().keys() & {"config.yaml", "trials/t00000.parquet"}
-    with pytest.raises(ConfigError, match="resume"):
-        cli_check(uri)
+    try:
+        with pytest.raises(StorageError) as raised, driving(uri, said.append, new=True):
+            s3.gate.shut()
+            Store(folder).write_trial(row(0))
+            for name in ("config.yaml", "baseline.json"):
+                (folder / name).write_text("{}")
+    finally:
+        s3.gate.open()
+    told = str(raised.value)
+    assert f"Nothing is lost: all is in {folder}" in told and "prune-search resume 's3" in told
+    assert not Remote(uri).files()
+    with pytest.raises(ConfigError, match="prune-search resume 's3"):
+        check_new_folder(uri)
+    Remote(uri).delete(".lock")  # it names this process, which lives
     with driving(uri, said.append, new=False):
         pass
-    assert len(Run(uri).results()) == 2 and not Mirror(uri).waiting()
+    assert len(Run(uri).results()) == 1 and not Mirror(uri).waiting()
 
 
-def cli_check(uri: str) -> None:
-    from prunesearch.search.runs import check_new_folder
+@pytest.mark.usefixtures("quick")
+def test_uploads_that_fail_do_not_hide_why_a_run_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "PATIENCE_STOPPED_S", 0.0)
+    said: list[str] = []
 
-    check_new_folder(uri)
+    def push() -> None:
+        raise UnreachableError("no answer.")
+
+    with pytest.raises(KeyboardInterrupt), Uploads(push, "s3://b/run", tmp_path, said.append):
+        raise KeyboardInterrupt
+    assert said[0].startswith("warning: results cannot be uploaded") and len(said) == 2
+    assert f"Nothing is lost: all is in {tmp_path}" in said[1]
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -545,7 +553,7 @@ def test_reading_commands_and_a_folder_in_use(
 def test_a_killed_search_goes_on_elsewhere_while_the_store_is_away_for_a_while(
     s3: S3, machine: Machine, invoke: Invoke, tmp_path: Path
 ) -> None:
-    """Every trial exactly once, and a reader never sees a row without its files."""
+    """Every trial exactly once, and a second driver is refused meanwhile."""
     uri = s3.uri(f"runs/{tmp_path.name}")
     remote, config = Remote(uri), write_config(tmp_path, SMALL.replace("trials: 6", "trials: 10"))
     first = start("run", config, "--out", uri)
@@ -559,20 +567,24 @@ def test_a_killed_search_goes_on_elsewhere_while_the_store_is_away_for_a_while(
     machine("reader")
     before = {one.trial_id: one for one in Run(uri).results()}
     assert 2 <= len(before) < 10
+    named = {name for one in before.values() for name in (one.recipe, one.weights) if name}
+    assert named and named <= remote.files().keys()
 
     machine("second")
-    second = start("resume", uri)
+    said, copy = tmp_path / "stderr", Store(folder_of(uri))
+    second = start("resume", uri, stderr=said)
     await_rows(second, remote, len(before) + 1)
     s3.gate.shut()
     try:
-        copy = Store(folder_of(uri))
         known = len(copy.read())
+        await_true(second, lambda: "cannot be uploaded" in said.read_text())
         await_true(second, lambda: len(copy.read()) > known)
     finally:
         s3.gate.open()
-    out, err = second.communicate(timeout=300)
+    out, _ = second.communicate(timeout=300)
+    err = said.read_text()
     assert second.returncode == 0, err
-    for sentence in ("taken over", f"process {first.pid}", "cannot be uploaded", "uploads go on"):
+    for sentence in ("taken over", f"process {first.pid}", "uploads go on"):
         assert sentence in err, err
     assert "Traceback" not in err and "prune-search export 's3" in out
 
@@ -602,15 +614,16 @@ def test_a_killed_search_goes_on_elsewhere_while_the_store_is_away_for_a_while(
         remote.read(".lock")
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*PRUNE_SEARCH, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"NO_COLOR": "1"},
-    )
+def start(*arguments: str | Path, stderr: Path | None = None) -> subprocess.Popen[str]:
+    with (stderr or Path(os.devnull)).open("w") as file:
+        return subprocess.Popen(
+            [*PRUNE_SEARCH, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"NO_COLOR": "1"},
+        )
 
 
 def await_rows(process: subprocess.Popen[str], remote: Remote, count: int) -> None:
