@@ -25,6 +25,7 @@ SLURM = ["slurm-exclusive.sbatch", "slurm-shared.sbatch"]
 
 SRUN = """\
 # one task a node, all of them on this machine
+echo $$ >"$HOME/srun.pid"
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
@@ -41,7 +42,9 @@ done
 def slurm_job(folder: Path, job_id: int, *, venv: Path, srun: str = SRUN) -> dict[str, str]:
     """What Slurm gives a job of two nodes, and stand-ins for its commands."""
     commands = folder / f"slurm-{job_id}"
-    stand_ins(commands, {"srun": srun, "scontrol": 'printf "node%s\\n" 0 1'})
+    scancel = '[[ $2 == "$SLURM_JOB_ID.0" ]] && kill -s "${1#*=}" "$(cat "$HOME/srun.pid")"'
+    scontrol = 'printf "node%s\\n" 0 1'
+    stand_ins(commands, {"srun": srun, "scancel": scancel, "scontrol": scontrol})
     return {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "HOME": str(folder),
