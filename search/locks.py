@@ -310,7 +310,7 @@ def _wait_for_silence(sign: Sign, place: str, say: Say, alone: bool) -> None:
             say(f"taken over from a driver that did not end in order ({owner})")
             return
         renewed = found != first or (before is not None and silent_s < before)
-        if owner.is_here or renewed:
+        if renewed or (owner.is_here and silent_s < 2 * BEAT_S):
             raise _in_use(place, owner)
         if before is None:
             say(f"{place} has a driver ({owner}): waiting for its next sign of life")

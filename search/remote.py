@@ -14,11 +14,10 @@ from .yaml_source import ConfigError
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
 OPTIONS = frozenset(
-    {"region", "scheme", "endpoint_override", "force_virtual_addressing", "allow_delayed_open"}
-    | {"tls_ca_file_path", "tls_ca_dir_path", "tls_verify_certificates"}
-    | {"project_id", "retry_limit_seconds", "default_bucket_location"}
+    {"region", "scheme", "endpoint_override", "allow_delayed_open", "project_id"}
+    | {"tls_ca_file_path", "tls_ca_dir_path", "tls_verify_certificates", "retry_limit_seconds"}
     | {"enable_tls", "blob_storage_authority", "dfs_storage_authority"}
-    | {"blob_storage_scheme", "dfs_storage_scheme", "credential_kind", "tenant_id", "client_id"}
+    | {"credential_kind", "client_id"}
 )
 """What may stand behind the `?`: nothing that could be a secret."""
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: what `Path` makes of two

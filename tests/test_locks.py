@@ -113,6 +113,22 @@ def test_a_driver_on_another_machine_that_gives_a_sign_of_life_is_left_alone(
     assert path.read_bytes() == ELSEWHERE.signature
 
 
+def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "BEAT_S", 10.0)
+    path = tmp_path / LOCK
+    path.write_bytes(Owner(os.getpid(), socket.gethostname(), "2026-01-01").signature)
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
+        with claimed(FileSign(path), "place", pytest.fail):
+            pytest.fail("two drivers")
+    time = path.stat().st_mtime - locks.SILENT_S - 1
+    os.utime(path, (time, time))
+    said: list[str] = []
+    with claimed(FileSign(path), "place", said.append):
+        assert len(said) == 1 and "taken over" in said[0]
+
+
 def test_silence_is_measured_by_the_clock_of_the_files(tmp_path: Path) -> None:
     path = sign_elsewhere(tmp_path, silent_s=500)
     assert FileSign(path).silent_s() >= 500
