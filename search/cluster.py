@@ -22,10 +22,14 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 from .auth import MODE, TOKEN_PATH, prepare_token, private_folder, wants_token, warn_if_open
 from .config import DEFAULT_PROBE, ConfigError, ResourcesConfig, SearchConfig
 from .watchdog import watchdog
+
+# Ray prints the death of a worker on standard output, where results go; the trial's row tells it.
+ray_worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 SLOW_START = "timed out during startup"  # Ray's words
 PROBE = "latency_probe"  # the custom resource of the node whose device is measured

@@ -6,6 +6,7 @@ is kept and a resumed search starts a fresh Tuner.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from . import cluster  # noqa: F401  # first: it sets Ray's environment
 
 # isort: split
 from ray import tune
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -47,6 +51,7 @@ def run_trials(
     """
     coordinator.expect(slots)
     scratch = tempfile.mkdtemp(prefix="prune-search-")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's row tells its death
     try:
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
@@ -70,6 +75,24 @@ def run_trials(
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Actors(RayActorManager):
+    """Tune's actors; whatever ends one ends its trial.
+
+    Tune knows two kinds of errors and gives up the whole search at a third, such as that of Ray's
+    memory monitor.
+    """
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(
+            exception, RayActorError | RayTaskError
+        ):
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
+tune_controller.RayActorManager = _Actors
 
 
 # --- in the driver: Tune's hooks -------------------------------------------------------------

@@ -24,7 +24,7 @@ space:
   blocks: {{mode: mask, order: sequential, valid: residual, max_drop: 1.0}}
 recover: {{epochs: 0}}
 objectives: {{accuracy: maximize, macs: minimize}}
-search: {{trials: {TRIALS}, sampler: random, seeds: false, sensitivity: false, seed: 0}}
+search: {{trials: {TRIALS}, sampler: random, seeds: false, sensitivity: false, seed: 13}}
 resources: {{max_concurrent: 1, trial_timeout_s: 3, max_retries: 1}}
 latency: {{runs: 10}}
 cache: {{reuse: none}}
