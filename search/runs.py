@@ -401,7 +401,7 @@ def _execute(
             progress.finished(result)
 
         coordinator = Coordinator(config, space, baseline, folder, recorded, seeds, hints)
-        session.then(coordinator.stop)
+        session.then(coordinator.abandon)
         with (
             clock("trials_s"),
             stopping_gently(coordinator.stop) as signals,
