@@ -105,15 +105,11 @@ def connect(address: str | None, resources: Collection[str] = (PROBE,)) -> Itera
             _init(options)
     except ConfigError:
         raise
-    except ray.exceptions.AuthenticationError as error:
-        raise ConfigError(
-            f"`--address` (={address}) must be a cluster whose token you have: {error} Set "
-            f"{MODE}=token, and {TOKEN_PATH} to the file with its token."
-        ) from error
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"`--address` (={address}) must be a running Ray cluster: {error}. Start one with "
-            "`ray start --head --resources '{\"latency_probe\": 1}'`, or leave --address out."
+            "`ray start --head --resources '{\"latency_probe\": 1}'`, or leave --address out. "
+            f"One that asks for a token needs {MODE}=token here, and the token in {TOKEN_PATH}."
         ) from error
     try:
         if not (local and wants_token()):

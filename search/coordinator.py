@@ -82,6 +82,7 @@ class Coordinator:
         self._deadline = _deadline(config)
         self._stop_reason: str | None = None
         self._broken: str | None = None
+        self._abandoned = False
         self._failures, self._last_failure = 0, ""  # of this session: a resume tries again
         self._clean_up()
 
@@ -133,6 +134,11 @@ class Coordinator:
     def stop(self, reason: str) -> None:
         """Starts nothing more; what runs goes on to its next rung."""
         self._stop_reason = reason
+
+    def abandon(self, reason: str) -> None:
+        """Starts nothing more and writes nothing more: another driver has the run folder now."""
+        self._abandoned = True
+        self.stop(reason)
 
     def break_off(self, reason: str, trial: str | None = None) -> None:
         """Starts nothing more: the machine is at fault, not a trial. `resume` goes on.
@@ -213,6 +219,8 @@ class Coordinator:
             LedgerError: If the search was broken off.
         """
         self._asking.close()
+        if self._abandoned:
+            return
         on_front = {member.trial_id for member in self.front}
         for result in self.results.values():
             result.on_front = result.trial_id in on_front
@@ -253,6 +261,8 @@ class Coordinator:
     # --- recording --------------------------------------------------------------------------
 
     def _record(self, proposal: Proposal, result: TrialResult) -> None:
+        if self._abandoned:
+            return  # the other driver runs the trial too: its row must not be replaced
         before = {member.trial_id for member in self.front}
         changed = self._keep(result)
         result.on_front = changed

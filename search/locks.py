@@ -198,6 +198,10 @@ def locked(folder: Path, say: Say) -> Iterator[Claim]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     sign = FileSign(folder / LOCK)
+    if sign.path.is_symlink() or (sign.path.exists() and not sign.path.is_file()):
+        raise ConfigError(  # what it leads to would be overwritten
+            f"`{sign.path}` must be a file of this folder: it is a link or a folder. Delete it."
+        )
     with sign.path.open("ab") as file:
         alone = _lock(file.fileno(), sign, str(folder))
         with claimed(sign, str(folder), say, alone=alone) as claim:

@@ -246,11 +246,17 @@ class Mirror:
     def _load(self) -> dict[str, Synced]:
         if not self._state.exists():
             return {}
-        files = read_json(self._state)["files"]
-        return {
-            name: Synced(LocalStamp(*local), Stamp(*remote))
-            for name, (local, remote) in files.items()
-        }
+        try:
+            files = read_json(self._state)["files"]
+            return {
+                name: Synced(LocalStamp(*local), Stamp(*remote))
+                for name, (local, remote) in files.items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"`{self._state}` must say what is uploaded: {error}. Delete it: the store is "
+                "compared anew."
+            ) from error
 
     def _save(self) -> None:
         write_json(self._state, {"uri": self.remote.uri, "files": self._synced})

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from .config import (
-    METRICS,
     ConfigError,
     SearchConfig,
     check_names,
@@ -32,7 +33,7 @@ from .progress import Progress
 from .records import TrialResult
 from .remote import Remote, is_uri, join
 from .storage import contents, driving, fetch, opened
-from .store import Store, atomic_write_bytes, read_as, sweep_unfinished, write_json
+from .store import Store, atomic_write_bytes, read_as, read_json, sweep_unfinished, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +44,27 @@ ENVIRONMENT = "environment.json"
 TIMES = "times.json"
 BASELINE = "baseline.json"
 LOCAL = (None, "local")
+
+
+_Number = Annotated[float | None, Field(strict=True)]
+
+
+@dataclasses.dataclass
+class _OfProbe:
+    latency_ms: _Number
+
+
+@dataclasses.dataclass
+class _Measured:
+    """What a reader makes use of in `baseline.json`, where it is there."""
+
+    accuracy: _Number = None
+    loss: _Number = None
+    macs: _Number = None
+    num_params: _Number = None
+    peak_memory_mib: _Number = None
+    latency_ms: _Number = None
+    latency_by_probe: dict[str, _OfProbe] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -78,14 +100,10 @@ class Run:
     def baseline(self) -> dict[str, Any]:
         """The dense model's metrics (empty before it was measured)."""
         path = self.folder / BASELINE
-        found = read_as(path, dict[str, Any]) if path.exists() else {}
-        for name in METRICS:
-            if type(found.get(name, 0.0)) not in (int, float, type(None)):
-                raise ConfigError(
-                    f"`{name}` of {path} must be a number: it was measured. Restore the "
-                    "file from a copy."
-                )
-        return found
+        if not path.exists():
+            return {}
+        read_as(path, _Measured)  # or say what is wrong
+        return dict(read_json(path))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -401,7 +419,7 @@ def _execute(
             progress.finished(result)
 
         coordinator = Coordinator(config, space, baseline, folder, recorded, seeds, hints)
-        session.then(coordinator.stop)
+        session.then(coordinator.abandon)
         with (
             clock("trials_s"),
             stopping_gently(coordinator.stop) as signals,

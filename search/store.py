@@ -302,7 +302,7 @@ def _sound_rows(path: Path) -> list[TrialResult]:
     if broken and not rows:
         raise broken[0]
     if broken:
-        aside = path.with_name(f"_broken-{path.stem}")
+        aside = path.with_name(f"_corrupt-{path.stem}.rows")
         with contextlib.suppress(OSError):  # a folder that we may only read
             if not aside.exists():
                 shutil.copyfile(path, aside)

@@ -22,7 +22,7 @@ Loc = tuple[str | int, ...]
 MAX_DEPTH = 20  # sections in sections
 MAX_VALUES = 10_000  # aliases of aliases make a small file a large one
 INT64 = 2**63
-_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]+@", re.IGNORECASE)
+_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^\s@]*:[^\s@]+@", re.IGNORECASE)
 
 
 class ConfigError(ValueError):

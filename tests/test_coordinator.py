@@ -687,6 +687,23 @@ def test_of_equal_points_the_first_trial_is_on_the_front_whichever_ends_first(be
     assert [row.on_front for row in Store(bench.folder).read()] == [True, False]
 
 
+def test_a_run_that_another_driver_has_taken_over_is_left_to_it(bench):
+    late = bench.open(config(8))
+    drain(late, most=2)
+    running = ask(late)
+    late.abandon("taken over")
+    other = bench.open(config(8))
+    drain(other)
+    files = {path: path.read_bytes() for path in bench.folder.rglob("*") if path.is_file()}
+    late.fail(running.trial_id, "too late")
+    assert ask(late) is None and late.stopped == "taken over"
+    late.close()
+    other_rows = Store(bench.folder).read()
+    assert {str(row.status) for row in other_rows} == {"completed"} and len(other_rows) == 8
+    assert files == {p: p.read_bytes() for p in bench.folder.rglob("*") if p.is_file()}
+    other.close()
+
+
 def test_many_trials_are_compacted_a_few_at_a_time(bench, monkeypatch):
     monkeypatch.setattr("prunesearch.search.coordinator.COMPACT_EVERY", 4)
     coordinator = bench.open(config(10, seeds=False))
