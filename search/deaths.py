@@ -12,6 +12,7 @@ _FULL = ("No space left on device", "Disk quota exceeded")
 _CRASH = re.compile(r"Fatal Python error: ([^\n]+)")
 _SIGNAL = re.compile(r"\*\*\* (SIG(?!TERM|INT)[A-Z]+) received")
 _HUNG = re.compile(r"^Timeout \(\d", re.MULTILINE)
+_THREAD = re.compile(r"\(most recent call first\):\n((?: +File [^\n]+\n?)+)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 
 
@@ -84,7 +85,7 @@ def cause_of_death(error: str, log: str, *, limit_s: float | None = None) -> Dea
         limit = "" if limit_s is None else f" (={limit_s:g})"
         return Death(
             f"took longer than `resources.trial_timeout_s`{limit} and could not be interrupted"
-            + _where(log, _HUNG)
+            + _where(log, _HUNG, thread=-1)
         )
     for pattern in (_CRASH, _SIGNAL):
         if found := pattern.search(log):
@@ -101,10 +102,11 @@ def is_disk_full(error: object) -> bool:
     return any(reason in str(error) for reason in _FULL)
 
 
-def _where(log: str, after: re.Pattern[str]) -> str:
-    """The first Python frame that stands behind a match."""
+def _where(log: str, after: re.Pattern[str], *, thread: int = 0) -> str:
+    """The innermost Python frame of a thread listed behind a match; the main one comes last."""
     start = after.search(log)
-    frame = _FRAME.search(log, start.end()) if start else None
+    threads = _THREAD.findall(log, start.end()) if start else []
+    frame = _FRAME.search(threads[thread]) if threads else None
     return "" if frame is None else f" (in {frame[3]}, {Path(frame[1]).name}:{frame[2]})"
 
 

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from .config import ResourcesConfig
 from .coordinator import Coordinator
-from .deaths import Death
+from .deaths import Death, read_tail
 from .records import TrialResult
 
 Inquest = Callable[[str, str], Death]
@@ -155,7 +155,7 @@ class _Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._started.discard(trial)
         name = trial.config["trial_id"]
-        death = self._inquest(name, str(trial.get_error() or ""))
+        death = self._inquest(name, read_tail(trial.error_file or ""))
         if death.stop:
             self._coordinator.break_off(death.cause, name)
         else:

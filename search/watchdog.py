@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-TIMEOUT_GRACE_S = 10.0
+TIMEOUT_GRACE_S = 5.0
 STDERR = 2  # Ray's log of the worker, whatever Python's `sys.stderr` is
 
 

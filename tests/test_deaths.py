@@ -53,6 +53,8 @@ def test_a_hang_that_holds_the_lock_is_ended_and_says_where(tmp_path: Path) -> N
         "def forward():\n"
         "  mutex = ctypes.create_string_buffer(64)\n"
         "  while True: ctypes.PyDLL(None).pthread_mutex_lock(mutex)\n"
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=[1000], daemon=True).start()\n"
         "with watchdog.watchdog(0.1):\n"
         "  forward()\n"
     )

@@ -25,7 +25,7 @@ space:
 recover: {{epochs: 0}}
 objectives: {{accuracy: maximize, macs: minimize}}
 search: {{trials: {TRIALS}, sampler: random, seeds: false, sensitivity: false, seed: 13}}
-resources: {{max_concurrent: 1, trial_timeout_s: 3, max_retries: 1}}
+resources: {{max_concurrent: 1, trial_timeout_s: 8, max_retries: 1}}
 latency: {{runs: 10}}
 cache: {{reuse: none}}
 """
@@ -33,9 +33,9 @@ SAYS = {
     "crash": r"its worker crashed: Segmentation fault \(in string_at",
     "memory": "out of memory",
     "nan": "loss is nan",
-    "sleep": r"took longer than `resources.trial_timeout_s` \(=3\)",
+    "sleep": r"took longer than `resources.trial_timeout_s` \(=8\)",
     "raise": "RuntimeError: of another shape",
-    "hang": r"trial_timeout_s` \(=3\) and could not be interrupted \(in commit",
+    "hang": r"trial_timeout_s` \(=8\) and could not be interrupted \(in commit",
     "exit": "its worker was killed, or ended itself",
 }
 
@@ -65,10 +65,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Run]:
 
 
 def _threshold() -> str:
-    """A share of this machine's memory that leaves the search 4 GiB."""
+    """A share of this machine's memory that leaves the search 3 GiB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines[:3]}
-    used = kib["MemTotal"] - kib["MemAvailable"] + 4 * 2**20
+    used = kib["MemTotal"] - kib["MemAvailable"] + 3 * 2**20
     return f"{min(0.95, used / kib['MemTotal']):.3f}"
 
 
