@@ -13,7 +13,7 @@ from helpers import PRUNE_SEARCH, SMALL, write_config
 
 from prunesearch.search.runs import Run
 
-TRIALS = 12
+TRIALS = 24
 REASON = network.missing()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -23,15 +23,15 @@ def test_a_node_that_is_cut_off_loses_nothing(tmp_path: Path) -> None:
     text = SMALL.replace("trials: 6, early_stop: true", f"trials: {TRIALS}, early_stop: false")
     text = text.replace("resources: {max_concurrent: 1}", "resources: {cpu: 1}")
     config, out = (
-        write_config(tmp_path, text.replace("epochs: 0.5", "epochs: 2")),
+        write_config(tmp_path, text.replace("epochs: 0.5", "epochs: 3")),
         tmp_path / "out",
     )
     with Network(tmp_path, num_nodes=3) as net:
         net.start(0, "--num-cpus=0", '--resources={"latency_probe": 1}')
         net.wait_for(1)
-        for i in (1, 2):
+        for i in (1, 2):  # in turn: they choose free names for their sockets
             net.start(i, "--num-cpus=1")
-        net.wait_for(3)
+            net.wait_for(i + 1)
         log = (tmp_path / "driver.log").open("wb")
         driver = subprocess.Popen(
             net.inside(
@@ -44,8 +44,7 @@ def test_a_node_that_is_cut_off_loses_nothing(tmp_path: Path) -> None:
             _wait_for_rows(driver, out, 3)
             net.cut_off(2)
             cut_at = len(Run(out).results())
-            net.wait_for(2)
-            _wait_for_rows(driver, out, cut_at + 2)  # the other one goes on alone
+            _wait_for_rows(driver, out, cut_at + 4)  # the other one goes on alone
             net.plug_in(2)
             net.wait_until_gone(2)  # Ray ends a node that was given up
             net.start(2, "--num-cpus=1")
