@@ -587,9 +587,11 @@ class LatencyConfig(_Section):
     """How latency is measured."""
 
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda)$", description="cpu or cuda")
-    batch_size: int = Field(default=1, ge=1, description="images a forward pass")
+    batch_size: int = Field(default=1, ge=1, le=2**16, description="images a forward pass")
     threads: int = Field(default=1, ge=1, description="CPU threads of the measured model")
-    runs: int = Field(default=200, ge=10, description="timed pairs of pruned and dense runs")
+    runs: int = Field(
+        default=200, ge=10, le=10**6, description="timed pairs of pruned and dense runs"
+    )
 
 
 class ProbeConfig(LatencyConfig):

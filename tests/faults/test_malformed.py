@@ -57,6 +57,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a huge decimal": (BASE + f"search: {{trials: 1{'0' * 6000}}}\n", "valid YAML"),
     "a number of 65 bits": (BASE + f"search: {{trials: {2**64}}}\n", "64 bits"),
     "a trillion trials": (BASE + "search: {trials: 1000000000000}\n", "at most 1000000"),
+    "a batch for no memory": (BASE + "latency: {batch_size: 1000000000}\n", "at most 65536"),
     "infinity": (BASE + "baseline: {lr: .inf}\n", "finite"),
     "not a number": (BASE + "baseline: {lr: .nan}\n", "baseline.lr"),
     "an overflow": (BASE + "baseline: {lr: 1.0e999}\n", "finite"),
