@@ -14,10 +14,15 @@ import typer
 from .cli_bench import bench
 from .cli_cache import cache
 from .cli_common import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_WRONG_INPUT,
     Address,
     AsJson,
     ConfigFile,
+    JobServer,
     Overrides,
+    Results,
     RunDir,
     SpaceChange,
     Trials,
@@ -29,13 +34,13 @@ from .cli_common import (
     out,
     print_wide,
 )
+from .cli_jobs import follow, job_server, remote_export, remote_front, remote_status, stop, submit
+from .cli_names import datasets, doctor, methods, models
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
     from .config import SearchConfig
     from .runs import Run
-
-EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +49,6 @@ app = typer.Typer(
     help="Structured pruning of vision models as a multi-objective search on Ray.",
 )
 app.add_typer(bench, name="bench")
-app.command()(cache)
 
 
 def main() -> None:
@@ -133,11 +137,18 @@ def extend(
 
 
 @app.command()
-def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+def status(
+    run_dir: RunDir,
+    address: JobServer = None,
+    results: Results = None,
+    as_json: AsJson = False,
+) -> None:
     """Show how far a run is and where its time went."""
     from .runs import Run
     from .tables import status_of, status_table
 
+    if (server := job_server(address, results)) is not None:
+        return remote_status(run_dir, server, results, as_json)
     found = status_of(Run(run_dir))
     out.print_json(json.dumps(found)) if as_json else out.print(status_table(found))
 
@@ -166,12 +177,17 @@ def front(
     x: Annotated[str | None, typer.Option(help="Metric on the horizontal axis.")] = None,
     y: Annotated[str | None, typer.Option(help="Metric on the vertical axis.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it.")] = None,
+    address: JobServer = None,
+    results: Results = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the Pareto front with the dense baseline beside it."""
     from .runs import Run
     from .tables import front_rows, front_table
 
+    if (server := job_server(address, results)) is not None:
+        asked = {"--x": x, "--y": y}
+        return remote_front(run_dir, server, results, asked, plot, as_json)
     run = Run(run_dir)
     objectives = _axes(run.config, x, y)
     if plot is not None:
@@ -287,6 +303,8 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", help="safetensors: recipe and weights.")
     ] = "safetensors",
+    address: JobServer = None,
+    results: Results = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a front member as a folder that `load_pruned` reads; test it once."""
@@ -301,12 +319,16 @@ def export(
         raise ConfigError("`--trial`, `--min` and `--max` must not be combined. Choose one.")
     if trial is not None and where:
         raise ConfigError("`--where` must not be combined with `--trial`: it would be ignored.")
-    run = Run(run_dir)
-    import_user_code(run.config)
-    checked(lambda: run.export(
-        out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ()
-    ))  # fmt: skip
-    summary = export_summary(out_dir)
+    if (server := job_server(address, results)) is not None:
+        asked = {"--trial": trial, "--min": minimize, "--max": maximize, "--where": where}
+        summary = remote_export(run_dir, server, results, out_dir, asked)
+    else:
+        run = Run(run_dir)
+        import_user_code(run.config)
+        checked(lambda: run.export(
+            out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ()
+        ))  # fmt: skip
+        summary = export_summary(out_dir)
     if as_json:
         out.print_json(json.dumps(summary))
     else:
@@ -320,44 +342,8 @@ def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -
     _print_check(load(config, set_ or []), as_json)
 
 
-@app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List criteria, selection rules, block orders and samplers."""
-    from .tables import known_methods, names_table
-
-    _print_names(known_methods(), names_table, as_json)
-
-
-@app.command()
-def models(as_json: AsJson = False) -> None:
-    """List the model zoo and the ways to name other models."""
-    from .tables import known_models, names_table
-
-    _print_names(known_models(), names_table, as_json)
-
-
-@app.command()
-def datasets(as_json: AsJson = False) -> None:
-    """List the data sets and where their files are looked for."""
-    from .tables import known_datasets, names_table
-
-    _print_names(known_datasets(), names_table, as_json)
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: versions, hardware, memory, and that a local Ray starts."""
-    from .doctor import diagnose
-
-    checks = diagnose()
-    if as_json:
-        out.print_json(json.dumps(checks))
-    else:
-        for item in checks:
-            mark = "ok  " if item["ok"] else "FAIL"
-            out.print(f"{mark}  {item['check']}: {item['found']}", markup=False, soft_wrap=True)
-    if not all(item["ok"] for item in checks):
-        raise typer.Exit(EXIT_FAILED)
+for _command in (submit, follow, stop, cache, methods, models, datasets, doctor):
+    app.command()(_command)
 
 
 # --- helpers ---------------------------------------------------------------------------------
@@ -419,12 +405,6 @@ def _print_check(config: SearchConfig, as_json: bool) -> None:
         return
     for part in check_tables(report):
         print_wide(part)
-
-
-def _print_names(
-    names: dict[str, dict[str, str]], table: Callable[..., Any], as_json: bool
-) -> None:
-    out.print_json(json.dumps(names)) if as_json else out.print(table(names))
 
 
 def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:

@@ -16,9 +16,12 @@ from .yaml_source import ConfigError, printable
 if TYPE_CHECKING:
     from .config import SearchConfig
 
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False}  # texts of others may hold brackets
 out = Console(**PLAIN)
 err = Console(stderr=True, **PLAIN)
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The search's config.")]
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run folder, or its URI.")]
@@ -33,6 +36,21 @@ Address = Annotated[
 SpaceChange = Annotated[
     bool,
     typer.Option("--allow-space-change", help="Go on although the search space is another one."),
+]
+JobServer = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="http://HEAD:8265",
+        help="The cluster that the run was submitted to; the run is then named, not its folder.",
+    ),
+]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="The folder of runs on the cluster's head; ~/prune-search-results by default.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="How many trials in all.")]

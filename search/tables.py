@@ -44,21 +44,33 @@ def front_rows(run: Run, objectives: Mapping[str, str] | None = None) -> list[di
 
 def front_table(run: Run, objectives: Mapping[str, str] | None = None) -> Table:
     """The front in the run's objectives or in others, with the dense baseline first."""
-    baseline, config = run.baseline, run.config
-    table = Table(title=f"Pareto front of {config.name} (validation split)")
-    by_probe = [f"{name}@{probe}" for probe in config.probes for name in ("latency ms", "speedup")]
-    for name in (
+    config, members = run.config, run.front_results(objectives)
+    return table_of_front(config.name, run.baseline, members, config.probes)
+
+
+def table_of_front(
+    name: str, baseline: Mapping[str, Any], members: Iterable[TrialResult], probes: Iterable[str]
+) -> Table:
+    """The members of a run's front with the dense baseline first, and its named probes."""
+    table = Table(title=f"Pareto front of {name} (validation split)")
+    probes = list(probes)
+    by_probe = [f"{column}@{probe}" for probe in probes for column in ("latency ms", "speedup")]
+    for column in (
         "trial", "accuracy", "drop", "before ft", "latency ms", "speedup", *by_probe, "MACs M",
         "params k", "memory MiB", "criterion", "blocks dropped", "channels kept",
     ):  # fmt: skip
-        table.add_column(name, justify="left" if name in _TEXT else "right")
+        table.add_column(column, justify="left" if column in _TEXT else "right")
     if baseline:
-        table.add_row(
-            "dense", *_numbers(_dense_row(baseline), config.probes), "", "", "", style="bold"
-        )
-    for result in run.front_results(objectives):
-        table.add_row(result.trial_id, *_numbers(result, config.probes), *_choices(result))
+        table.add_row("dense", *_numbers(_dense_row(baseline), probes), "", "", "", style="bold")
+    for result in members:
+        table.add_row(result.trial_id, *_numbers(result, probes), *_choices(result))
     return table
+
+
+def result_of(row: Mapping[str, Any]) -> TrialResult:
+    """One of `front_rows` that has been JSON; a column of another version is left out."""
+    known = {field.name for field in dataclasses.fields(TrialResult)}
+    return TrialResult(**{name: value for name, value in row.items() if name in known})
 
 
 def status_of(run: Run) -> dict[str, Any]:

@@ -49,3 +49,9 @@ def command(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedP
         timeout=400,
         env=os.environ | {"NO_COLOR": "1"},
     )
+
+
+def forget_user_code() -> None:
+    """Modules of users' own models are imported anew: tests give theirs the same names."""
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]
