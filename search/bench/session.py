@@ -86,7 +86,10 @@ class Session:
             time.sleep(POLL_S)
         left = self._left()
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with self._log.open("a") as log:
+                log.write(f"outlived its driver by {END_S:g} s: {_command(pid)}\n")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self._driver.poll() is None:
             self._driver.kill()
         self._driver.wait()

@@ -25,7 +25,7 @@ space:
 recover: {{epochs: 0}}
 objectives: {{accuracy: maximize, macs: minimize}}
 search: {{trials: {TRIALS}, sampler: random, seeds: false, sensitivity: false, seed: 13}}
-resources: {{max_concurrent: 1, trial_timeout_s: 8, max_retries: 1}}
+resources: {{max_concurrent: 1, trial_timeout_s: 6, max_retries: 1}}
 latency: {{runs: 10}}
 cache: {{reuse: none}}
 """
@@ -33,9 +33,9 @@ SAYS = {
     "crash": r"its worker crashed: Segmentation fault \(in string_at",
     "memory": "out of memory",
     "nan": "loss is nan",
-    "sleep": r"took longer than `resources.trial_timeout_s` \(=8\)",
+    "sleep": r"took longer than `resources.trial_timeout_s` \(=6\)",
     "raise": "RuntimeError: of another shape",
-    "hang": r"trial_timeout_s` \(=8\) and could not be interrupted \(in commit",
+    "hang": r"trial_timeout_s` \(=6\) and could not be interrupted \(in commit",
     "exit": "its worker was killed, or ended itself",
 }
 
