@@ -17,7 +17,7 @@ from ..methods.tasks.classification import ClassificationTask
 from .cache import Shared, make_here
 from .config import SearchConfig
 from .digests import common_key, data_digest, weights_digest
-from .records import FULL_FIDELITY, Candidate, TrialResult
+from .records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus
 
 if TYPE_CHECKING:
     from .finished import FinishedTrials
@@ -95,6 +95,17 @@ class TrialSpec:
     seed: int
     fidelity: int = FULL_FIDELITY
     row: TrialResult | None = None
+
+    def new_row(self, status: TrialStatus) -> TrialResult:
+        """The trial's row as far as it is known before anything ran."""
+        return TrialResult(
+            trial_id=self.trial_id,
+            status=status,
+            criterion=self.candidate.criterion,
+            candidate=self.candidate_json,
+            dropped_blocks=list(self.candidate.dropped_blocks),
+            seed=self.seed,
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as Tune's config of a trial."""

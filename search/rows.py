@@ -74,13 +74,6 @@ def failed_row(spec: TrialSpec, known: TrialResult | None, message: str) -> Tria
         known: Its row at an earlier rung, if there is one.
         message: Why it failed.
     """
-    row = known or TrialResult(
-        trial_id=spec.trial_id,
-        status=TrialStatus.FAILED,
-        criterion=spec.candidate.criterion,
-        candidate=spec.candidate_json,
-        dropped_blocks=list(spec.candidate.dropped_blocks),
-        seed=spec.seed,
-    )
+    row = known or spec.new_row(TrialStatus.FAILED)
     now = time.time()
     return dataclasses.replace(row, status=TrialStatus.FAILED, message=message, finished_at=now)

@@ -60,15 +60,8 @@ def run_trial(spec: TrialSpec, context: TrialContext, work: Work | None = None) 
         The row. Its `wait_s` is the time spent waiting for the latency probe or another trial.
     """
     if spec.row is None:
-        result = TrialResult(
-            trial_id=spec.trial_id,
-            status=TrialStatus.COMPLETED,
-            criterion=spec.candidate.criterion,
-            candidate=spec.candidate_json,
-            dropped_blocks=list(spec.candidate.dropped_blocks),
-            seed=spec.seed,
-            started_at=time.time(),
-        )
+        result = spec.new_row(TrialStatus.COMPLETED)
+        result.started_at = time.time()
     else:
         result = dataclasses.replace(spec.row, status=TrialStatus.COMPLETED, message="")
     result.host, result.device = platform.node(), str(context.task.device)
