@@ -163,7 +163,7 @@ def load_data(
 
     def take(source: Source, indices: Tensor) -> Split:
         images = convert_channels(source.read(indices, size), channels)
-        return Split(images, source.labels[indices])
+        return Split(images, source.targets(indices, size))
 
     train = take(pool, train_at)
     mean, std = channel_statistics(train.images)
@@ -205,9 +205,8 @@ def _split_indices(
     train, val = rest[train_in], rest[val_in]
     parts = {"train": train, "val": val} | ({} if official else {"test": test})
     for part, indices in parts.items():
-        if len(indices) == 0 or (
-            part == "train" and len(torch.unique(labels[train])) < num_classes
-        ):
+        every = pool.read_targets is not None or len(torch.unique(labels[train])) == num_classes
+        if len(indices) == 0 or (part == "train" and not every):
             raise ValueError(
                 f"`data.split` (={list(split)}) must leave images in every split, and every class "
                 f"in train: {part} is short with {len(rest)} images of {num_classes} classes to "

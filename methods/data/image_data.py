@@ -15,11 +15,11 @@ CHUNK = 4096  # images converted at a time, which bounds the memory of the float
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their classes.
+    """Images and what is to be learnt of them.
 
     Attributes:
         images: uint8 [N, C, H, W].
-        labels: int64 [N].
+        labels: Classes, int64 [N]; for detection boxes, float32 [N, m, 6] (see boxes.py).
     """
 
     images: Tensor
@@ -83,13 +83,22 @@ class Source:
 
     Attributes:
         classes: Class names.
-        labels: Class of every image, int64 [N].
+        labels: Class of every image, int64 [N]; the splits keep its proportions.
         read: (indices, image size or None for the native one) -> uint8 [n, C, H, W].
+        read_targets: (indices, image size) -> what is to be learnt of each image, where that is
+            more than a class: masks or boxes, [n, ...].
     """
 
     classes: tuple[str, ...]
     labels: Tensor
     read: Callable[[Tensor, int | None], Tensor]
+    read_targets: Callable[[Tensor, int | None], Tensor] | None = None
+
+    def targets(self, indices: Tensor, size: int | None) -> Tensor:
+        """What is to be learnt of each image: its class, or masks or boxes, [n, ...]."""
+        if self.read_targets is None:
+            return self.labels[indices]
+        return self.read_targets(indices, size)
 
 
 def array_source(classes: tuple[str, ...], images: Tensor, labels: Tensor) -> Source:
