@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .replay import Outputs, Replay
+from .tasks.meter import Meter
 
 State = dict[str, Tensor]
 
@@ -18,11 +18,14 @@ State = dict[str, Tensor]
 class RankingTask(Protocol):
     """What block removal needs of a task."""
 
-    def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Fixed batches of images [B, C, H, W] and labels [B], on the model's device."""
+    def calibration_batches(self) -> list[tuple[Tensor, Any]]:
+        """Fixed batches of images [B, C, H, W] and targets, on the model's device."""
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar."""
+    def training_loss(self, model: nn.Module, images: Tensor, target: Any, /) -> Tensor:
+        """Mean loss of a batch, a scalar; the model stays in its mode."""
+
+    def meter(self) -> Meter:
+        """A new meter of accuracy and loss."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,12 @@ class Evaluator:
         batches = task.calibration_batches()
         self._replay = Replay(model, blocks, batches[0][0][:2])
         self._model = model
-        self._loss = task.loss
+        self._meter = task.meter
+        size = self._replay.max_images
         self._batches = [
-            part
-            for images, labels in batches
-            for part in zip(
-                torch.split(images, self._replay.max_images),
-                torch.split(labels, self._replay.max_images),
-                strict=True,
-            )
+            (images[start : start + size], targets[start : start + size])
+            for images, targets in batches
+            for start in range(0, len(images), size)
         ]
         self.blocks = self._replay.blocks
         self.suffix_only = suffix_only and self._replay.exact
@@ -78,7 +78,7 @@ class Evaluator:
     def without_each(self, removed: tuple[str, ...], blocks: Sequence[str]) -> list[BlockStep]:
         """The model without `removed` and one more of `blocks`, which come in forward order."""
 
-        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Any]]:
             sets = [(*removed, block) for block in blocks]
             if not (self.suffix_only and sets):
                 yield from ((names, self._replay.run(images, names)) for names in sets)
@@ -97,7 +97,7 @@ class Evaluator:
 
         def visit(
             images: Tensor, removed: tuple[str, ...], first: int, outputs: Outputs | None
-        ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        ) -> Iterator[tuple[tuple[str, ...], Any]]:
             if self.suffix_only:
                 start = removed[-1] if removed else None
                 result, outputs = self._replay.record(
@@ -121,7 +121,7 @@ class Evaluator:
             In forward order; `removed` names the block.
         """
 
-        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        def logits(images: Tensor) -> Iterator[tuple[tuple[str, ...], Any]]:
             outputs = self._replay.record(images, ())[1] if self.suffix_only else None
             for name in self.blocks:
                 start = name if self.suffix_only else None
@@ -136,21 +136,18 @@ class Evaluator:
         return self._measure(lambda images: iter([(removed, model(images.clone()))]))[0]
 
     def _measure(
-        self, logits: Callable[[Tensor], Iterator[tuple[tuple[str, ...], Tensor]]]
+        self, outputs: Callable[[Tensor], Iterator[tuple[tuple[str, ...], Any]]]
     ) -> list[BlockStep]:
-        """Accuracy and loss over all batches, for each set of blocks that `logits` yields."""
-        totals: dict[tuple[str, ...], Tensor] = {}
-        num_images = 0
-        for images, labels in self._batches:
-            num_images += len(labels)
-            for removed, output in logits(images):
-                correct = (output.argmax(1) == labels).sum()
-                loss = self._loss(output, labels) * len(labels)
-                sums = torch.stack([correct.double(), loss.double()])
-                totals[removed] = totals[removed] + sums if removed in totals else sums
-        self.evaluations += len(totals)
-        means = {removed: (sums / num_images).tolist() for removed, sums in totals.items()}
-        return [BlockStep(removed, *mean) for removed, mean in means.items()]
+        """Accuracy and loss over all batches, for each set of blocks that `outputs` yields."""
+        meters: dict[tuple[str, ...], Meter] = {}
+        for images, targets in self._batches:
+            for removed, output in outputs(images):
+                if removed not in meters:
+                    meters[removed] = self._meter()
+                meters[removed].update(output, targets)
+        self.evaluations += len(meters)
+        found = {removed: meter.compute() for removed, meter in meters.items()}
+        return [BlockStep(removed, f["accuracy"], f["loss"]) for removed, f in found.items()]
 
 
 @contextmanager

@@ -184,7 +184,7 @@ class _Study:
                         self.generator, max_images=self.num_vectors, augment=augment
                     ):
                         outputs.clear()
-                        loss = self.task.loss(student(images), target)
+                        loss = self.task.training_loss(student, images, target)
                         _, expected = block_features(self.teacher, block, images)
                         step(loss + F.mse_loss(outputs[0], expected))
         finally:

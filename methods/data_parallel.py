@@ -10,13 +10,16 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 LEAST_IMAGES = 2  # of a device: batch norm cannot train on one
 
-LossOf = Callable[[nn.Module, nn.Module | None, Tensor, Tensor], Tensor]
+LossOf = Callable[[nn.Module, nn.Module | None, Tensor, Any], Tensor]
 
 
 class Replicas:
@@ -37,13 +40,13 @@ class Replicas:
         self._devices = [None, *devices]
         self._pool = ThreadPoolExecutor(max(1, len(devices)), thread_name_prefix="replica")
 
-    def backward(self, loss_of: LossOf, images: Tensor, target: Tensor) -> Tensor:
+    def backward(self, loss_of: LossOf, images: Tensor, target: Any) -> Tensor:
         """Sets the gradients of a batch's mean loss, and returns that loss, detached.
 
         Args:
             loss_of: The mean loss of (model, teacher, images, target).
             images: [B, C, H, W], on the first device.
-            target: [B], likewise.
+            target: Of each image: a tensor [B, ...], likewise, or a list of dicts of tensors.
         """
         for parameters in self._parameters:
             for parameter in parameters:
@@ -53,7 +56,7 @@ class Replicas:
             loss = loss_of(self._models[0], self._teachers[0], images, target)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
-        shares = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
+        shares = _shares(images, target, count)
         self._broadcast(count)
         others = [
             self._pool.submit(self._backward, n, loss_of, *shares[n], len(images))
@@ -70,7 +73,7 @@ class Replicas:
         del self._models[1:], self._parameters[1:], self._teachers[1:]
 
     def _backward(
-        self, n: int, loss_of: LossOf, images: Tensor, target: Tensor, num_images: int
+        self, n: int, loss_of: LossOf, images: Tensor, target: Any, num_images: int
     ) -> Tensor:
         """One device's part of the loss and of its gradients."""
         device = self._devices[n]
@@ -80,7 +83,7 @@ class Replicas:
         with on_device:
             if device is not None:
                 images = images.to(device, non_blocking=True)
-                target = target.to(device, non_blocking=True)
+                target = tree_map(lambda one: one.to(device, non_blocking=True), target)
             loss = loss_of(self._models[n], self._teachers[n], images, target)
             loss = loss * (len(images) / num_images)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -102,3 +105,10 @@ class Replicas:
 
 def _copy(module: nn.Module | None, device: torch.device) -> nn.Module | None:
     return None if module is None else copy.deepcopy(module).to(device)
+
+
+def _shares(images: Tensor, target: Any, count: int) -> list[tuple[Tensor, Any]]:
+    """Each device's part of a batch."""
+    parts = images.tensor_split(count)
+    bounds = pairwise(accumulate(map(len, parts), initial=0))
+    return [(part, target[low:high]) for part, (low, high) in zip(parts, bounds, strict=True)]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
 from .data_parallel import Replicas
+from .outputs import main_output
 from .trace import evaluating
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -299,16 +300,19 @@ def _loss(
     teacher: nn.Module | None,
     distill: float,
 ) -> Tensor:
-    logits = model(images)
-    loss: Tensor = task.loss(logits, target)
-    if distill > 0:
-        assert teacher is not None
-        with torch.no_grad():
-            soft = F.softmax(teacher(images) / DISTILL_TEMPERATURE, dim=1)
-        student = F.log_softmax(logits / DISTILL_TEMPERATURE, dim=1)
-        kl = F.kl_div(student, soft, reduction="batchmean") * DISTILL_TEMPERATURE**2
-        loss = (1 - distill) * loss + distill * kl
-    return loss
+    loss: Tensor
+    if distill == 0:
+        loss = task.training_loss(model, images, target)
+        return loss
+    assert teacher is not None
+    output = model(images)
+    loss = task.loss(output, target)
+    with torch.no_grad():
+        expected = main_output(teacher(images))
+        soft = F.softmax(expected / DISTILL_TEMPERATURE, dim=1)
+    student = F.log_softmax(main_output(output) / DISTILL_TEMPERATURE, dim=1)
+    kl = F.kl_div(student, soft, reduction="batchmean") * DISTILL_TEMPERATURE**2
+    return (1 - distill) * loss + distill * kl / expected[0, 0].numel()  # the mean over pixels
 
 
 def epoch_sizes(epochs: float, num_train: int) -> list[int]:

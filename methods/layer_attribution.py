@@ -32,7 +32,7 @@ class LossTask(Protocol):
     def calibration_batches(self) -> Sequence[tuple[Any, Any]]:
         """Fixed batches of images and targets, on the model's device."""
 
-    def loss(self, output: Any, target: Any, /) -> Any:
+    def training_loss(self, model: Any, images: Any, target: Any, /) -> Any:
         """Mean loss of a batch, a scalar, or several by name, which are added up."""
 
 
@@ -71,7 +71,7 @@ def score_layers(
             the same batch, for gradient_shap.
         stdev: Of the noise added to the images, for gradient_shap.
         batch_loss: (model, images, target) -> loss, or losses by name, which are added up;
-            `task.loss(model(images), target)` by default. `detector_losses` suits torchvision's
+            `task.training_loss` by default. `detector_losses` suits torchvision's
             detectors.
 
     Returns:
@@ -97,7 +97,7 @@ def score_layers(
         return {name: torch.rand((), generator=generator).item() for name in modules}
     if score == "layer_l1":
         return _finite({name: _reduced(_kernels(m), reduce) for name, m in modules.items()})
-    loss = batch_loss or (lambda model, images, target: task.loss(model(images), target))
+    loss = batch_loss or task.training_loss
     seed = int(torch.randint(2**31, (), generator=generator))
     totals = dict.fromkeys(modules, 0.0)
     batches = task.calibration_batches() if modules else []

@@ -59,13 +59,9 @@ def measure_edit(
         generator = torch.Generator().manual_seed(seed)
         recalibrate_batch_norm(pruned, task, generator=generator, num_images=recalibration_images)
     step = math.ceil(len(task.data.val) / num_images)  # spread over the classes, if sorted by them
-    correct = total = 0
-    loss = 0.0
+    meter = task.meter()
     with evaluating(pruned), torch.inference_mode():
-        for images, labels in task.batches("val"):
-            images, labels = images[::step], labels[::step]
-            logits = pruned(images)
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(task.loss(logits, labels)) * len(labels)
-            total += len(labels)
-    return Effect(correct / total, loss / total)
+        for images, targets in task.batches("val"):
+            meter.update(pruned(images[::step]), targets[::step])
+    found = meter.compute()
+    return Effect(found["accuracy"], found["loss"])

@@ -14,7 +14,7 @@ from .yaml_source import show
 
 FIXED = "fixed.json"
 MEANING = (
-    "model", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
+    "model", "task", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
     "latency", "probes",
 )  # fmt: skip
 MOVABLE = (("data", "root"), ("model", "checkpoint"))  # what lies there is compared, not the path

@@ -34,7 +34,7 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
         "model": config.model.name,
         "data": config.data.name,
         "image": "x".join(str(n) for n in data.image_shape),
-        "split": {name: len(getattr(data, name).labels) for name in ("train", "val", "test")},
+        "split": {name: len(getattr(data, name)) for name in ("train", "val", "test")},
         "num_params": count_params(model),
         "macs": count_macs(model, example),
         "macs_range": [_smallest(problem.plan, space, model, example), count_macs(model, example)],

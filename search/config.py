@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
@@ -98,12 +99,15 @@ def check_names(
     from ..methods.criteria import known_methods, validate_options
     from ..methods.data import DATASETS
     from ..methods.models import MODELS
+    from ..methods.tasks import TASKS
 
     source = Source("config") if path is None else read_source(path, overrides)
     mistakes = []
     if ":" not in config.model.name:
         mistakes += _unknown(source, ("model", "name"), config.model.name, MODELS)
     mistakes += _unknown(source, ("data", "name"), config.data.name.replace("-", "_"), DATASETS)
+    if config.task is not None and ":" not in config.task.name:
+        mistakes += _unknown(source, ("task",), config.task.name, TASKS)
     for index, criterion in enumerate(config.space.criteria):
         loc = ("space", "criteria", index)
         if criterion.name not in known_methods():
@@ -186,6 +190,32 @@ class Criterion(_Section):
         return {self.name: self.options} if self.options else self.name
 
 
+class TaskChoice(_Section):
+    """A task and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, data: object) -> TaskChoice:
+        """Read `name` or `{name: {option: value}}`."""
+        if isinstance(data, dict) and len(data) == 1:
+            name, options = next(iter(data.items()))
+        else:
+            name, options = data, {}
+        named = isinstance(name, str) and re.fullmatch(r"[^:\s]+(:[^:\s]+)?", name)
+        if isinstance(options, dict) and named:
+            return cls(name=str(name), options=options)
+        raise RuleError(
+            "be a name or package.module:callable, or one of them with a mapping of its options",
+            fix="Write for example `{segmentation: {class_weights: balanced}}`, or leave it out.",
+        )
+
+    def to_yaml(self) -> str | dict[str, dict[str, Any]]:
+        """Inverse of `parse`."""
+        return {self.name: self.options} if self.options else self.name
+
+
 def _parsed_constraint(data: object) -> Constraint:
     return data if isinstance(data, Constraint) else Constraint.parse(data)
 
@@ -194,10 +224,37 @@ def _parsed_criterion(data: object) -> Criterion:
     return data if isinstance(data, Criterion) else Criterion.parse(data)
 
 
+def _parsed_task(data: object) -> TaskChoice | None:
+    return data if data is None or isinstance(data, TaskChoice) else TaskChoice.parse(data)
+
+
+def _task_in_yaml(task: TaskChoice | None) -> str | dict[str, dict[str, Any]] | None:
+    return None if task is None else task.to_yaml()
+
+
+def _checked_size(size: object) -> int | tuple[int, int] | None:
+    """A side, [height, width], or null."""
+    if size is None:
+        return None
+    sides = list(size) if isinstance(size, (list, tuple)) else [size]
+    whole = [side for side in sides if isinstance(side, int) and not isinstance(side, bool)]
+    if len(whole) != len(sides) or len(sides) > 2 or sides == []:
+        raise RuleError("be a whole number or [height, width]: it is pixels a side")
+    for side in whole:
+        if not 8 <= side <= 2**14:
+            bound = "at least 8" if side < 8 else f"at most {2**14}"
+            raise RuleError(f"be {bound}: it is pixels a side")
+    return (whole[0], whole[-1]) if isinstance(size, (list, tuple)) else whole[0]
+
+
 _ConstraintText = Annotated[Constraint, BeforeValidator(_parsed_constraint), PlainSerializer(str)]
 _CriterionItem = Annotated[
     Criterion, BeforeValidator(_parsed_criterion), PlainSerializer(Criterion.to_yaml)
 ]
+_TaskItem = Annotated[
+    TaskChoice | None, PlainValidator(_parsed_task), PlainSerializer(_task_in_yaml)
+]
+_ImageSize = Annotated[int | tuple[int, int] | None, PlainValidator(_checked_size)]
 
 
 class ModelConfig(_Section):
@@ -219,7 +276,7 @@ class DataConfig(_Section):
 
     name: str = Field(min_length=1, description="a data set's name", examples=["digits"])
     root: str | None = Field(default=None, min_length=1, description="the folder of the files")
-    image_size: int | None = Field(default=None, ge=8, le=2**14, description="pixels a side")
+    image_size: _ImageSize = Field(default=None, description="pixels a side")
     batch_size: int = Field(default=128, ge=2, le=2**20, description="images in a training batch")
     split: Annotated[tuple[float, float, float], Field(strict=False)] = Field(
         default=(0.7, 0.15, 0.15), description="the shares of train, val and test"
@@ -660,6 +717,10 @@ class SearchConfig(_Section):
         examples=["digits-resnet20"],
     )
     model: ModelConfig
+    task: _TaskItem = Field(
+        default=None,
+        description="a task's name or package.module:callable; null for what the data are for",
+    )
     data: DataConfig
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
     space: SpaceConfig = Field(default_factory=SpaceConfig)

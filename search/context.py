@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.measure import Latency
 from ..methods.surgery import PruningPlan, Recipe
-from ..methods.tasks.classification import ClassificationTask
+from ..methods.tasks import Task
 from .cache import Shared, make_here
 from .config import SearchConfig
 from .digests import common_key, data_digest, weights_digest
@@ -46,7 +46,7 @@ class TrialContext:
     """
 
     config: SearchConfig
-    task: ClassificationTask
+    task: Task
     dense: nn.Module
     plan: PruningPlan
     baseline_accuracy: float

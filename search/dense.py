@@ -18,6 +18,7 @@ from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from .cache import Made, Say, open_cache, sharing_here
 from .config import DEFAULT_PROBE, ConfigError
+from .metrics import further
 from .setup import Problem
 from .store import atomic_write_bytes, read_as, write_json
 
@@ -35,6 +36,7 @@ class Baseline:
         latency_ms: Reference latency, measured once a run; None until the probe has done so.
         probe: The probe's hardware, driver and library versions.
         latency_by_probe: The same two of each named probe.
+        metrics: The task's further figures.
     """
 
     accuracy: float
@@ -48,6 +50,7 @@ class Baseline:
     latency_ms: float | None = None
     probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     latency_by_probe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def references(self) -> dict[str, float]:
@@ -96,6 +99,7 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
         source=source,
         epochs=0 if config.model.checkpoint else config.baseline.epochs,
         train_s=seconds,
+        metrics=further(metrics),
     )
     baseline.write(run_dir)
     say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..methods.data import ImageData
+from ..methods.data import Data
 from .config import SearchConfig
 
 LIBRARIES = ("torch", "torchvision", "torch-pruning")
@@ -45,6 +45,7 @@ def common_key(
         "threads": torch.get_num_threads(),  # which decide how sums are rounded
         "code": code_digest(),
         "libraries": library_versions(config),
+        **task_key(config),
     }
 
 
@@ -81,33 +82,46 @@ def latency_basis(
 
 
 def model_key(config: SearchConfig) -> dict[str, Any]:
-    """The model's constructor; for `module:callable` with the source of all that it may import.
+    """The model's constructor; for `module:callable` with the source of all that it may import."""
+    name = config.model.name
+    return {"name": name, "kwargs": config.model.kwargs} | _source_of(name)
+
+
+def task_key(config: SearchConfig) -> dict[str, Any]:
+    """The task, likewise, where the config names one; the data's own needs no words."""
+    task = config.task
+    if task is None:
+        return {}
+    return {"task": {"name": task.name, "options": task.options} | _source_of(task.name)}
+
+
+def _source_of(name: str) -> dict[str, Any]:
+    """The source behind `module:callable`.
 
     That is the package of the module, or the files beside a module that is in none.
     """
-    name = config.model.name
-    found = {"name": name, "kwargs": config.model.kwargs}
     module, colon, _ = name.partition(":")
-    if colon and module not in ("torchvision", "timm"):
-        top = sys.modules.get(module.partition(".")[0])
-        if folders := list(getattr(top, "__path__", [])):
-            found["source"] = _source_digest(tuple(folders), "**/*.py")
-        elif path := getattr(top, "__file__", None):
-            found["source"] = _source_digest((str(Path(path).parent),), "*.py")
-    return found
+    if not colon or module in ("torchvision", "timm"):
+        return {}
+    top = sys.modules.get(module.partition(".")[0])
+    if folders := list(getattr(top, "__path__", [])):
+        return {"source": _source_digest(tuple(folders), "**/*.py")}
+    if path := getattr(top, "__file__", None):
+        return {"source": _source_digest((str(Path(path).parent),), "*.py")}
+    return {}
 
 
-def data_digest(data: ImageData) -> str:
+def data_digest(data: Data) -> str:
     """Content address of the images that training, scores and accuracies see, and of their use.
 
     The test split does not count: no result of a trial depends on it.
     """
     digest = hashlib.sha256()
-    for split in (data.train, data.val):
-        _add(digest, split.images)
-        _add(digest, split.labels)
-    facts = (len(data.classes), data.mean, data.std, data.crop_padding, data.horizontal_flip)
-    digest.update(repr(facts).encode())
+    for part in data.parts():
+        if isinstance(part, Tensor):
+            _add(digest, part)
+        else:
+            digest.update(part)
     return digest.hexdigest()
 
 

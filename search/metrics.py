@@ -63,6 +63,11 @@ def dense_value(baseline: Mapping[str, Any], metric: str) -> float | None:
     return value
 
 
+def further(found: Mapping[str, float]) -> dict[str, float]:
+    """What a task's evaluation tells beside the columns `accuracy` and `loss`."""
+    return {name: value for name, value in found.items() if name not in ("accuracy", "loss")}
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A bound on one metric, such as `accuracy_drop <= 0.05`."""

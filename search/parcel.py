@@ -14,6 +14,7 @@ from .yaml_source import ConfigError
 
 CONFIG = "config.yaml"
 MAX_CHECKPOINT_MIB = 100
+SOURCES = ("torchvision", "timm")  # models by name that run no code of the user
 NUM_CLASSES = 10  # of the model that is built to see whether it can be; the data says later
 
 
@@ -56,7 +57,7 @@ def pack(path: Path, config: SearchConfig, overrides: Sequence[str]) -> Parcel:
     notes: list[str] = []
     _check_data_root(config)
     checkpoint, note = _checkpoint(config)
-    _check_model(config)
+    _check_code(config)
     sent = list(overrides)
     if note:
         notes.append(note)
@@ -64,10 +65,10 @@ def pack(path: Path, config: SearchConfig, overrides: Sequence[str]) -> Parcel:
         name = f"checkpoint{checkpoint.suffix}"
         files[name] = checkpoint
         sent.append(f"model.checkpoint={json.dumps(name)}")
-    if _is_user_model(config):
-        code = own_modules()
-        files |= code
-        module = config.model.name.partition(":")[0]
+    modules = _user_modules(config)
+    code = own_modules() if modules else {}
+    files |= code
+    for module in modules:
         if not {f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")} & set(code):
             notes.append(
                 f"module {module} is not in this folder and not sent: it must be installed on the "
@@ -97,8 +98,11 @@ def own_modules() -> dict[str, Path]:
     return found
 
 
-def _is_user_model(config: SearchConfig) -> bool:
-    return config.model.name.partition(":")[0] not in (config.model.name, "torchvision", "timm")
+def _user_modules(config: SearchConfig) -> list[str]:
+    """The modules that the config names as `module:callable`."""
+    names = [config.model.name, *([config.task.name] if config.task else [])]
+    parts = [name.partition(":") for name in names]
+    return [module for module, colon, _ in parts if colon and module not in SOURCES]
 
 
 def _check_data_root(config: SearchConfig) -> None:
@@ -110,11 +114,14 @@ def _check_data_root(config: SearchConfig) -> None:
         )
 
 
-def _check_model(config: SearchConfig) -> None:
+def _check_code(config: SearchConfig) -> None:
     from ..methods.models.build import build_model
+    from ..methods.tasks import find_task
 
     try:
         build_model(config.model.name, num_classes=NUM_CLASSES, kwargs=config.model.kwargs)
+        if config.task is not None:
+            find_task(config.task.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

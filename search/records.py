@@ -98,6 +98,7 @@ class TrialResult:
     accuracy_drop: float | None = None
     accuracy_by_fidelity: list[float | None] = field(default_factory=list)
     loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # further figures of the task
     latency_ms: float | None = None
     latency_ms_p10: float | None = None
     latency_ms_p90: float | None = None

@@ -65,6 +65,7 @@ class _Measured:
     peak_memory_mib: _Number = None
     latency_ms: _Number = None
     latency_by_probe: dict[str, _OfProbe] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, _Number] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

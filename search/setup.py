@@ -20,13 +20,15 @@ from torch import nn
 
 from ..methods.block_removal import MAX_EXHAUSTIVE, rank_blocks
 from ..methods.blocks import removable_blocks
-from ..methods.data import ImageData, Split, load_data
+from ..methods.data import Data, ImageSize, load_data
 from ..methods.groups import plan_pruning
 from ..methods.layout import prefer_channels_last
 from ..methods.models.build import build_model, default_image_size, input_channels
+from ..methods.outputs import tensors_of
 from ..methods.sparse_training import SPARSE_TRAINING
 from ..methods.surgery import PruningPlan, group_norms
-from ..methods.tasks.classification import ClassificationTask
+from ..methods.tasks import Task, task_of
+from ..methods.tasks import make_task as build_task
 from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError, SearchConfig
 from .digests import common_key, data_digest, weights_digest
@@ -49,7 +51,7 @@ class Problem:
     """
 
     config: SearchConfig
-    task: ClassificationTask
+    task: Task
     model: nn.Module
     plan: PruningPlan
     blocks: tuple[str, ...]
@@ -84,9 +86,10 @@ def pose(config: SearchConfig, *, prunable: bool = True) -> Problem:
     try:
         data = load_images(config)
         task = make_task(config, data, device)
+        _check_supported(config, task)
         model = make_model(config, task.num_classes).to(device)
         example = task.example_input(2)
-        _try_forward(model, example, task.num_classes, config)
+        _try_forward(model, example, task, config)
         prefer_channels_last(model, example)
         plan = find_groups(config, model, example)
         blocks = find_removable(config, model, example)
@@ -127,13 +130,12 @@ def driver_device(config: SearchConfig) -> torch.device:
     return trial_device(config) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_images(config: SearchConfig) -> ImageData:
+def load_images(config: SearchConfig) -> Data:
     """The config's data, as the model needs it."""
-    size = config.data.image_size or default_image_size(config.model.name)
     return load_data(
         config.data.name,
         root=config.data.root,
-        image_size=size,
+        image_size=_image_size(config),
         channels=_channels(config),
         split=config.data.split,
         seed=config.data.seed,
@@ -141,16 +143,16 @@ def load_images(config: SearchConfig) -> ImageData:
     )
 
 
-def make_task(
-    config: SearchConfig, data: ImageData, device: torch.device | str
-) -> ClassificationTask:
+def make_task(config: SearchConfig, data: Data, device: torch.device | str) -> Task:
     """The task over `data` with the config's batch and calibration sizes."""
-    return ClassificationTask(
+    return build_task(
+        None if config.task is None else config.task.name,
         data,
         batch_size=config.data.batch_size,
         calibration_size=config.data.calibration_size,
         seed=config.data.seed,
         device=device,
+        options=None if config.task is None else config.task.options,
     )
 
 
@@ -265,27 +267,39 @@ def _ranking_key(problem: Problem) -> dict[str, Any]:
     }
 
 
-def pack_images(data: ImageData) -> dict[str, Any]:
-    """The data as numpy arrays and plain values, which Ray shares without copying."""
-    cpu = data.to("cpu")
-    splits = {
-        name: (getattr(cpu, name).images.numpy(), getattr(cpu, name).labels.numpy())
-        for name in ("train", "val", "test")
-    }
-    fields = {
-        f.name: getattr(cpu, f.name)
-        for f in dataclasses.fields(cpu)
-        if f.name not in ("train", "val", "test")
-    }
-    return {"splits": splits, "fields": fields}
+@dataclass(frozen=True)
+class Packed:
+    """A dataclass whose tensors are numpy arrays, which Ray shares without copying."""
+
+    kind: type[Any]
+    fields: Mapping[str, Any]
 
 
-def unpack_images(packed: Mapping[str, Any]) -> ImageData:
-    """Inverse of `pack_images`; the tensors share the arrays' memory."""
-    fields = dict(packed["fields"])
-    for name, (images, labels) in packed["splits"].items():
-        fields[name] = Split(_shared(images), _shared(labels))
-    return ImageData(**fields)
+def pack_images(data: Data) -> Packed:
+    """The data for `ray.put`; tensors are packed, all else in it is pickled."""
+    return _packed(data.to("cpu"))
+
+
+def _packed(data: Any) -> Packed:
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.numpy()
+        return _packed(value) if dataclasses.is_dataclass(value) else value
+
+    return Packed(
+        type(data), {f.name: one(getattr(data, f.name)) for f in dataclasses.fields(data)}
+    )
+
+
+def unpack_images(packed: Packed) -> Any:
+    """Inverse of `pack_images`, a `Data`; the tensors share the arrays' memory."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return _shared(value)
+        return unpack_images(value) if isinstance(value, Packed) else value
+
+    return packed.kind(**{name: one(value) for name, value in packed.fields.items()})
 
 
 def load_state(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -301,8 +315,16 @@ def _channels(config: SearchConfig) -> int:
     return input_channels(make_model(config, 2, trained=False))
 
 
+def _image_size(config: SearchConfig) -> ImageSize | None:
+    """What the config says, else what a classifier was designed for; None for the data's own."""
+    if config.data.image_size is not None:
+        return config.data.image_size
+    classifies = task_of(config.data.name) == "classification"
+    return default_image_size(config.model.name) if classifies else None
+
+
 def _try_forward(
-    model: nn.Module, example: torch.Tensor, num_classes: int, config: SearchConfig
+    model: nn.Module, example: torch.Tensor, task: Task, config: SearchConfig
 ) -> None:
     shape = "x".join(str(n) for n in example.shape[1:])
     try:
@@ -313,17 +335,45 @@ def _try_forward(
             f"`model.name` (={config.model.name}) must accept images of {shape}: it stopped with "
             f"{type(error).__name__}: {error}. Set data.image_size or model.kwargs."
         ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != (len(example), num_classes):
-        got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    wanted = task.misfit(output, example)
+    if wanted is not None:
         raise ConfigError(
-            f"`model.name` (={config.model.name}) must return logits [batch, {num_classes}] for "
-            f"`data.name` (={config.data.name}): it returned {got}. Set model.kwargs."
+            f"`model.name` (={config.model.name}) must return {wanted} for `data.name` "
+            f"(={config.data.name}): it returned {_in_words(output)}. Set model.kwargs."
         )
-    if not math.isfinite(float(output.abs().sum())):
+    if not all(math.isfinite(float(one.abs().sum())) for one in tensors_of(output)):
         raise ConfigError(
             f"`model.checkpoint` (={config.model.checkpoint}) must give finite outputs: it gives "
             "NaN or infinity. Use another checkpoint."
         )
+
+
+def _in_words(output: Any) -> str:
+    return str(list(output.shape)) if isinstance(output, torch.Tensor) else type(output).__name__
+
+
+def _check_supported(config: SearchConfig, task: Task) -> None:
+    """Refuses what makes no sense on the task, with its reason.
+
+    Raises:
+        ConfigError: Naming the key that asks for it.
+    """
+    space, recover = config.space, config.recover
+    asked = [("space.criteria", name, name) for name in space.criterion_names]
+    if space.blocks.mode != "none":
+        asked.append(("space.blocks.order", space.blocks.order, space.blocks.order))
+    if recover.distill > 0:
+        asked.append(("recover.distill", str(recover.distill), "distill"))
+    if recover.reconstruct.steps > 0:
+        steps = str(recover.reconstruct.steps)
+        asked.append(("recover.reconstruct.steps", steps, "reconstruct"))
+    for key, value, method in asked:
+        reason = task.supports(method)
+        if reason is not None:
+            raise ConfigError(
+                f"`{key}` (={value}) must make sense for {task.name}: {reason}. Choose another "
+                "one, or leave it out."
+            )
 
 
 def _check_order(config: SearchConfig, blocks: Sequence[str]) -> None:

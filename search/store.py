@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
-SCHEMA_VERSION = 3  # 2: accuracy_by_fidelity; 3: latency_ms_by_probe, speedup_by_probe
+SCHEMA_VERSION = 4  # 2: accuracy_by_fidelity; 3: latency_ms_by_probe, speedup_by_probe; 4: metrics
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them
 _SAFE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"  # a name that cannot lead out of its folder
 _DAMAGED = (  # what reading a file that is none of ours, or cut short, or changed, may raise
@@ -42,14 +42,14 @@ _METRICS = [
     "accuracy_before_finetune",
     "accuracy_drop",
 ]
-_OTHER_METRICS = [
-    "loss",
+_LATENCIES = [
     "latency_ms",
     "latency_ms_p10",
     "latency_ms_p90",
     "speedup",
 ]
 _BY_PROBE = ["latency_ms_by_probe", "speedup_by_probe"]
+_MAPS = ["metrics", *_BY_PROBE]
 _TIMES = ["score_s", "prune_s", "finetune_s", "measure_s", "wait_s"]
 
 T = TypeVar("T")
@@ -66,7 +66,9 @@ SCHEMA = pa.schema(
         pa.field("widths", pa.map_(pa.string(), pa.int32()), nullable=False),
         *(pa.field(name, pa.float64()) for name in _METRICS),
         pa.field("accuracy_by_fidelity", pa.list_(pa.float64()), nullable=False),
-        *(pa.field(name, pa.float64()) for name in _OTHER_METRICS),
+        pa.field("loss", pa.float64()),
+        pa.field("metrics", _BY_NAME, nullable=False),
+        *(pa.field(name, pa.float64()) for name in _LATENCIES),
         *(pa.field(name, _BY_NAME, nullable=False) for name in _BY_PROBE),
         pa.field("macs", pa.int64()),
         pa.field("num_params", pa.int64()),
@@ -339,7 +341,7 @@ def _to_row(result: TrialResult) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             row[name] = None if SCHEMA.field(name).nullable else 0.0
-    for name in _BY_PROBE:
+    for name in _MAPS:
         row[name] = {k: v for k, v in row[name].items() if v is not None and math.isfinite(v)}
     for name in ("started_at", "finished_at"):
         if row[name] is not None:

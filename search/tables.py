@@ -55,15 +55,18 @@ def table_of_front(
     table = Table(title=f"Pareto front of {name} (validation split)")
     probes = list(probes)
     by_probe = [f"{column}@{probe}" for probe in probes for column in ("latency ms", "speedup")]
+    further = list(baseline.get("metrics", {}))
     for column in (
-        "trial", "accuracy", "drop", "before ft", "latency ms", "speedup", *by_probe, "MACs M",
-        "params k", "memory MiB", "criterion", "blocks dropped", "channels kept",
+        "trial", "accuracy", *further, "drop", "before ft", "latency ms", "speedup", *by_probe,
+        "MACs M", "params k", "memory MiB", "criterion", "blocks dropped", "channels kept",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column in _TEXT else "right")
     if baseline:
-        table.add_row("dense", *_numbers(_dense_row(baseline), probes), "", "", "", style="bold")
+        numbers = _numbers(_dense_row(baseline), probes, further)
+        table.add_row("dense", *numbers, "", "", "", style="bold")
     for result in members:
-        table.add_row(result.trial_id, *_numbers(result, probes), *_choices(result))
+        numbers = _numbers(result, probes, further)
+        table.add_row(result.trial_id, *numbers, *_choices(result))
     return table
 
 
@@ -294,17 +297,20 @@ _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")
 
 def _dense_row(baseline: Mapping[str, Any]) -> TrialResult:
     names = ("accuracy", "latency_ms", "macs", "num_params", "peak_memory_mib")
+    further = baseline.get("metrics", {})
     known = {name: baseline.get(name) for name in names}
     probes = baseline.get("latency_by_probe", {})
     known["latency_ms_by_probe"] = {name: found["latency_ms"] for name, found in probes.items()}
     known["speedup_by_probe"] = dict.fromkeys(probes, 1.0)
-    return TrialResult("dense", status="completed", accuracy_drop=0.0, speedup=1.0, **known)  # type: ignore[arg-type]
+    fixed = {"status": "completed", "accuracy_drop": 0.0, "speedup": 1.0, "metrics": further}
+    return TrialResult("dense", **fixed, **known)  # type: ignore[arg-type]
 
 
-def _numbers(row: TrialResult, probes: Iterable[str]) -> list[str]:
+def _numbers(row: TrialResult, probes: Iterable[str], further: Iterable[str]) -> list[str]:
     by_probe = [(row.metric(f"latency_ms@{p}"), row.metric(f"speedup@{p}")) for p in probes]
     return [
         _number(row.accuracy, ".4f"),
+        *(_number(row.metrics.get(name), ".4f") for name in further),
         _number(row.accuracy_drop, "+.4f"),
         _number(row.accuracy_before_finetune, ".4f"),
         _number(row.latency_ms, ".3f"),

@@ -24,6 +24,7 @@ from .context import TrialContext, TrialSpec
 from .deaths import is_disk_full
 from .early_stop import RISING
 from .finished import fill_in, find_finished, share_finished
+from .metrics import further
 from .prune import make_recipe, prune_by_blocks, start_of
 from .records import FULL_FIDELITY, TrialResult, TrialStatus, violations
 from .work import Work, make_training
@@ -256,6 +257,7 @@ def _report(
     full = fidelity == FULL_FIDELITY
     result.accuracy = metrics["accuracy"]
     result.loss = metrics["loss"]
+    result.metrics = further(metrics)
     result.accuracy_drop = context.baseline_accuracy - metrics["accuracy"]
     known: list[float | None] = list(result.accuracy_by_fidelity)
     if full and epochs > 0 and not known:

@@ -21,6 +21,7 @@ from prunesearch.methods.data import load_data
 from prunesearch.methods.finetune import finetune, recalibrate_batch_norm
 from prunesearch.methods.models.build import build_model
 from prunesearch.methods.tasks import ClassificationTask
+from prunesearch.methods.tasks.meter import ClassificationMeter
 from prunesearch.search.bench.blocks import bench_blocks, blocks_table
 
 
@@ -195,8 +196,11 @@ class SmallTask:
     def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.images.split(4), self.labels.split(4), strict=True))
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, target)
+    def training_loss(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(images), target)
+
+    def meter(self) -> ClassificationMeter:
+        return ClassificationMeter()
 
 
 BLOCKS = [f"blocks.{i}" for i in range(4)]

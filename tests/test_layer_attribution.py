@@ -68,6 +68,9 @@ class Task:
     def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.images.split(3), self.labels.split(3), strict=True))
 
+    def training_loss(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        return self.loss(model(images), target)
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target)
 
@@ -250,7 +253,7 @@ def test_a_detector_is_scored_by_the_sum_of_its_losses() -> None:
         def calibration_batches(self) -> list[Any]:
             return [(images, targets)]
 
-        def loss(self, output: Any, target: Any, /) -> Any:
+        def training_loss(self, model: Any, images: Any, target: Any, /) -> Any:
             raise AssertionError
 
     before = copy.deepcopy(model.state_dict())

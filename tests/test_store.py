@@ -55,7 +55,7 @@ def fill(store: Store, count: int = 3) -> list[TrialResult]:
 
 def test_schema_records_and_readme_agree() -> None:
     assert SCHEMA.names == [field.name for field in dataclasses.fields(TrialResult)]
-    assert SCHEMA.metadata == {b"prune_search.schema_version": b"3"}
+    assert SCHEMA.metadata == {b"prune_search.schema_version": b"4"}
     text = README.read_text(encoding="utf-8")
     columns, statuses = text.split("## Columns")[1].split("## Statuses")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in columns.splitlines()]
@@ -243,9 +243,9 @@ def test_older_files_get_defaults_and_newer_ones_are_refused(tmp_path: Path) -> 
         to_table([result(1)]).drop_columns(["wait_s", "speedup", "accuracy_by_fidelity"]), path
     )
     assert store.read() == [result(0), result(1)]
-    newer = SCHEMA.with_metadata({b"prune_search.schema_version": b"4"})
+    newer = SCHEMA.with_metadata({b"prune_search.schema_version": b"5"})
     pq.write_table(to_table([result(1)]).cast(newer), path)
-    with pytest.raises(ValueError, match=r"`schema_version` \(=4\).*must be at most 3"):
+    with pytest.raises(ValueError, match=r"`schema_version` \(=5\).*must be at most 4"):
         store.read()
     assert path.exists()
 

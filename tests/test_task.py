@@ -50,7 +50,7 @@ def test_batches_are_normalised_and_in_order():
     assert torch.equal(labels, data.train.labels)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3))
-    assert (task.num_classes, task.num_train, task.metric) == (4, 65, "accuracy")
+    assert (task.num_classes, task.num_train, task.metric) == (4, 65, "top-1")
 
 
 def test_an_epoch_has_every_image_once_but_a_last_batch_of_one():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Layer, get_layer, num_channels
+from ..outputs import unwrapped
 from .features import find_activations, observed
 from .scoring import CalibrationTask, check_batch, scoring
 
@@ -79,7 +80,7 @@ def fgp(
 
             source = images.clone().requires_grad_(criterion != "feature_only")
             with observed(model, layers, observe, activations):
-                logits = model(source.clone())  # which the model may change in place
+                logits = unwrapped(model(source.clone()))  # which the model may overwrite
             _check_logits(logits, task.num_classes, differentiable=source.requires_grad)
             classes_of = logits.argmax(1) if presence == "predicted" else labels
             _check_labels(classes_of, logits)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import Layer, batch_norms_after, channel_rows, get_layer, num_channels
+from ..outputs import main_output
 from .scoring import CalibrationTask, check_batch, scoring
 
 CHUNK = 16  # images whose own gradients are in memory at once
@@ -61,7 +62,7 @@ def hessian(
             calls: dict[nn.Module, Calls] = {m: [] for ms in owned.values() for m in ms}
             with _recorded(calls, len(images)):
                 source = images.clone().requires_grad_()
-                logits = model(source.clone())  # which the model may change in place
+                logits = main_output(model(source.clone()))  # changed in place, perhaps
             losses = [task.loss(logits[i : i + 1], target[i : i + 1]) for i in range(len(logits))]
             torch.autograd.grad(torch.stack(losses).sum(), source)
             for name, modules in owned.items():

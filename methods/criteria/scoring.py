@@ -29,8 +29,11 @@ class CalibrationTask(DataFreeTask, Protocol):
     def calibration_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Fixed batches of images [B, C, H, W] and labels [B], on the model's device."""
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar."""
+    def training_loss(self, model: nn.Module, images: Tensor, target: Tensor, /) -> Tensor:
+        """Mean loss of a batch, a scalar; the model stays in its mode."""
+
+    def loss(self, logits: Tensor, target: Tensor, /) -> Tensor:
+        """The same as a function of the outputs."""
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import Layer, batch_norms_after, channel_factors, channel_rows, get_layer
 from ..options import Bounds
+from ..outputs import main_output
 from .scoring import DataFreeTask
 
 
@@ -94,7 +95,7 @@ class _Flow:
 
     def measure(self) -> Tensor:
         """Flow of every channel, layer after layer, [sum of the widths], on the CPU."""
-        total = self._model(self._ones.clone()).sum()
+        total = main_output(self._model(self._ones.clone())).sum()
         weights = [layer.weight for layer in self._layers]
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         flows = [

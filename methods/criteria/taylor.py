@@ -44,7 +44,7 @@ def taylor(
             parameter.requires_grad_(True)
         scores = {name: torch.zeros(num_channels(get_layer(model, name))) for name in layers}
         for images, target in batches:
-            loss = task.loss(model(images.clone()), target)  # it may change them in place
+            loss = task.training_loss(model, images.clone(), target)  # it may change them in place
             gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
             for name, parameters in owned.items():
                 layer = get_layer(model, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set in memory.
+    """A data set in memory.
 
     Attributes:
         name: Name in `DATASETS`.
@@ -66,6 +66,14 @@ class ImageData:
         """(channels, height, width)."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def parts(self) -> Iterator[Tensor | bytes]:
+        """All that results depend on: images and labels of train and val, and their use."""
+        for split in (self.train, self.val):
+            yield split.images
+            yield split.labels
+        facts = (len(self.classes), self.mean, self.std, self.crop_padding, self.horizontal_flip)
+        yield repr(facts).encode()
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on `device`."""

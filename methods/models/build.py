@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..names import unknown_name
+from ..user_code import import_callable
 from . import MODELS
 
 SOURCES = ("torchvision", "timm")
@@ -160,7 +159,8 @@ def _find_builder(name: str) -> tuple[Builder, dict[str, Any]]:
         return _torchvision_builder(rest)
     if source == "timm":
         return _timm_builder(rest)
-    return _user_builder(name, source, rest), {}
+    known = f"; the sources known by name are {', '.join(SOURCES)}"
+    return import_callable(name, "model.name", "model", sources=known), {}
 
 
 def _torchvision_builder(name: str) -> tuple[Builder, dict[str, Any]]:
@@ -199,39 +199,6 @@ def _timm_builder(name: str) -> tuple[Builder, dict[str, Any]]:
         return model
 
     return create, {}
-
-
-def _broken_module(name: str, error: BaseException) -> ValueError:
-    """The user's module exists, and its own code fails when it is imported."""
-    return ValueError(
-        f"`model.name` (={name}) must name a module that can be imported: it stopped with "
-        f"{type(error).__name__}: {error}. Correct the module."
-    )
-
-
-def _user_builder(name: str, module_name: str, attribute: str) -> Builder:
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(
-            f"`model.name` (={name}) must name a module of yours or of a library of models: "
-            "nothing in Python's standard library builds one. Correct it."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _broken_module(name, error) from error
-        raise ValueError(
-            f"`model.name` (={name}) must name an importable module: there is no module "
-            f"{error.name}. Install it or add its folder to PYTHONPATH; the sources known by name "
-            f"are {', '.join(SOURCES)}."
-        ) from error
-    except (Exception, SystemExit) as error:  # whatever a foreign module raises
-        raise _broken_module(name, error) from error
-    builder = getattr(module, attribute, None)
-    if not callable(builder):
-        public = [key for key, value in vars(module).items() if callable(value)]
-        raise ValueError(unknown_name("model.name", name, [f"{module_name}:{k}" for k in public]))
-    return builder  # type: ignore[no-any-return]
 
 
 def _accepts(builder: Builder, argument: str) -> bool:

@@ -201,7 +201,7 @@ def _train(
     """One pass over `batches`."""
     started, before, losses = time.perf_counter(), step.mask, list[Tensor]()
     for images, target in batches:
-        loss = task.loss(model(images), target)
+        loss = task.training_loss(model, images, target)
         step.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         after = step(one.phase, new_epoch=not losses)

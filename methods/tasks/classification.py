@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..data.image_data import ImageData, Split
 from ..data.split import stratified_subset
 from ..trace import evaluating
+from .meter import ClassificationMeter
 
 SplitName = Literal["train", "val", "test", "calibration"]
 
@@ -32,7 +33,8 @@ class ClassificationTask:
         ValueError: If a size is too small.
     """
 
-    metric = "accuracy"
+    name = "classification"
+    metric = "top-1"
 
     def __init__(
         self,
@@ -125,9 +127,17 @@ class ClassificationTask:
         indices = torch.arange(batch_size, device=self.device) % len(images)
         return self._normalise(images[indices])
 
+    def training_loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of a model's logits, a scalar; the model stays in its mode."""
+        return self.loss(model(images), targets)
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean cross entropy of logits [B, num_classes] against classes [B]."""
         return F.cross_entropy(logits, target)
+
+    def meter(self) -> ClassificationMeter:
+        """A new meter of accuracy and loss."""
+        return ClassificationMeter(self.device)
 
     def evaluate(
         self,
@@ -146,15 +156,20 @@ class ClassificationTask:
         Returns:
             `accuracy`, a fraction, and `loss`, the mean cross entropy.
         """
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        meter = self.meter()
         with evaluating(model), torch.inference_mode():
             for images, labels in self.batches(split, batch_size=batch_size):
-                logits = model(images)
-                correct += (logits.argmax(1) == labels).sum()
-                loss += F.cross_entropy(logits, labels, reduction="sum")
-        count = len(self._splits[split])
-        return {"accuracy": correct.item() / count, "loss": loss.item() / count}
+                meter.update(model(images), labels)
+        return meter.compute()
+
+    def misfit(self, output: Any, images: Tensor) -> str | None:
+        """What the model should return for `images`; None if `output` is that."""
+        shape = (len(images), self.num_classes)
+        suits = isinstance(output, Tensor) and output.shape == shape
+        return None if suits else f"logits [batch, {self.num_classes}]"
+
+    def supports(self, method: str) -> None:
+        """Every method makes sense on classification."""
 
     def batches(
         self, split: SplitName, *, batch_size: int | None = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class NoData:
@@ -83,6 +83,14 @@ class NoData:
         _refuse("the model is evaluated on images")
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """There are no labels.
+
+        Raises:
+            ValueError: Always.
+        """
+        _refuse("a loss compares outputs with labels")
+
+    def training_loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> NoReturn:
         """There are no labels.
 
         Raises:

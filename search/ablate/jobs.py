@@ -28,6 +28,7 @@ from ..keeper import shares
 from ..prune import make_recipe
 from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, with_provenance
 from ..setup import (
+    Packed,
     Problem,
     draw_model,
     find_groups,
@@ -50,7 +51,7 @@ class Dense:
     result: TrialResult
 
 
-def train_dense(config: SearchConfig, row: Row, seed: int, images: Mapping[str, Any]) -> Dense:
+def train_dense(config: SearchConfig, row: Row, seed: int, images: Packed) -> Dense:
     """Trains the dense model of a seed, or loads it from the cache or the checkpoint.
 
     Args:
@@ -92,7 +93,7 @@ def run_row(
     config: SearchConfig,
     row: Row,
     seed: int,
-    images: Mapping[str, Any],
+    images: Packed,
     dense: Dense,
     keeper: Any,
 ) -> list[TrialResult]:
@@ -208,7 +209,7 @@ _WORK: dict[str, Callable[[Row, int, TrialContext, Problem], list[TrialResult]]]
 # --- the problem of a row --------------------------------------------------------------------
 
 
-def _problem(config: SearchConfig, row: Row, images: Mapping[str, Any]) -> Problem:
+def _problem(config: SearchConfig, row: Row, images: Packed) -> Problem:
     """As `pose` makes it, from data that are already here; seeded, untrained."""
     device = trial_device(config)
     task = make_task(config, first_classes(unpack_images(images), row.num_classes), device)

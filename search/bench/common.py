@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods.data import load_data
+from ...methods.data import ImageData, load_data
 from ...methods.models.build import build_model
 from ...methods.tasks.classification import ClassificationTask
 
@@ -23,6 +23,7 @@ def digits_problem(name: str, images: int) -> tuple[nn.Module, ClassificationTas
     torch.manual_seed(0)
     model = build_model(name, num_classes=10)
     data = load_data("digits", image_size=32)
+    assert isinstance(data, ImageData)
     return model, ClassificationTask(data, batch_size=BATCH, calibration_size=images)
 
 

@@ -156,7 +156,7 @@ def enumerate_space(
         "drops": read_json(folder / "blocks.json")["drops"],
         "classes": list(problem.task.data.classes),
         "image_shape": list(problem.task.example_input(1).shape[1:]),
-        "num_val": len(problem.task.data.val.labels),
+        "num_val": len(problem.task.data.val),
         "num_train": problem.task.num_train,
         "seconds": time.perf_counter() - start,
         "environment": environment(),

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ...methods.criteria import score_channels
 from ...methods.select import SELECTION_RULES
-from ...methods.tasks.classification import ClassificationTask
+from ...methods.tasks import Task
 from ..config import RecoverConfig
 from ..records import Candidate
 
@@ -42,7 +42,7 @@ class PlainOutcome:
 
 def plain_trial(
     dense: nn.Module,
-    task: ClassificationTask,
+    task: Task,
     candidate: Candidate,
     recover: RecoverConfig,
     *,
@@ -131,7 +131,7 @@ def sorted_values(makers: Mapping[str, Tensor], places: Mapping[str, int]) -> li
     return [makers[name] for name in sorted(makers, key=lambda one: places[one])]
 
 
-def _recalibrate(model: nn.Module, task: ClassificationTask, generator: torch.Generator) -> None:
+def _recalibrate(model: nn.Module, task: Task, generator: torch.Generator) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [norm.momentum for norm in norms]
     for norm in norms:
@@ -146,7 +146,7 @@ def _recalibrate(model: nn.Module, task: ClassificationTask, generator: torch.Ge
         norm.momentum = momentum
 
 
-def _evaluate(model: nn.Module, task: ClassificationTask) -> float:
+def _evaluate(model: nn.Module, task: Task) -> float:
     model.eval()
     correct = total = 0
     with torch.no_grad():
@@ -157,7 +157,7 @@ def _evaluate(model: nn.Module, task: ClassificationTask) -> float:
 
 
 def _finetune(
-    model: nn.Module, task: ClassificationTask, generator: torch.Generator, recover: RecoverConfig
+    model: nn.Module, task: Task, generator: torch.Generator, recover: RecoverConfig
 ) -> None:
     steps = math.ceil(task.num_train / task.batch_size) * int(recover.epochs)
     warmup = max(1, int(0.1 * steps))

@@ -14,7 +14,7 @@ from torch import nn
 
 from ....methods.finetune import finetune, recalibrate_batch_norm
 from ....methods.layout import prefer_channels_last
-from ....methods.tasks.classification import ClassificationTask
+from ....methods.tasks import Task
 from ...config import SearchConfig, dump_config, load_config
 from ...dense import prepare_dense
 from ...setup import load_images, make_model, make_task, pose, trial_device
@@ -36,7 +36,7 @@ class PeerProblem:
         return load_config(self.folder / CONFIG)
 
     @cached_property
-    def task(self) -> ClassificationTask:
+    def task(self) -> Task:
         """The data, on the device that trains."""
         return make_task(self.config, load_images(self.config), trial_device(self.config))
 
