@@ -74,23 +74,23 @@ def box_source(classes: tuple[str, ...], images: Sequence[BoxImage]) -> Source:
     return Source(classes, _rarest(images), read, read_targets)
 
 
-def unpack_boxes(rows: Tensor, *, ignored: bool = False) -> list[dict[str, Tensor]]:
-    """From the rows of a batch to what torchvision's detectors take.
-
-    Args:
-        rows: [B, m, 6].
-        ignored: Whether ignored objects are among the boxes, with a flag `iscrowd`.
+def unpack_boxes(rows: Tensor) -> list[dict[str, Tensor]]:
+    """From the rows of a batch [B, m, 6] to what torchvision's detectors and metrics take.
 
     Returns:
-        For each image `boxes` [n, 4] xyxy and `labels` int64 [n], from 1.
+        For each image `boxes` [n, 4] xyxy, `labels` int64 [n], from 1, and `iscrowd` int64 [n],
+        1 where the object is ignored.
     """
     result = []
     for image in rows:
         real = image[image[:, LABEL] > 0]
-        if not ignored:
-            real = real[real[:, IGNORED] == 0]
-        target = {"boxes": real[:, :4], "labels": real[:, LABEL].long()}
-        result.append(target | ({"iscrowd": real[:, IGNORED].long()} if ignored else {}))
+        result.append(
+            {
+                "boxes": real[:, :4],
+                "labels": real[:, LABEL].long(),
+                "iscrowd": real[:, IGNORED].long(),
+            }
+        )
     return result
 
 
