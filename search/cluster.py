@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else Ray packages
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # hide GPUs from CPU workers
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1024")  # the driver asks for what fits
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # its snapshots are of no use to us
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "86400")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

@@ -608,11 +608,35 @@ class SamplerConfig(_Section):
     )
 
 
-class ResourcesConfig(_Section):
-    """What one trial gets from Ray."""
+class _Share(_Section):
+    """CPU cores and GPUs that something takes of a node."""
 
     cpu: float = Field(default=1.0, gt=0, description="CPU cores a trial")
     gpu: float = Field(default=0.0, ge=0, description="GPUs a trial, also fractions")
+
+    @field_validator("gpu")
+    @classmethod
+    def _whole_or_shared(cls, gpu: float) -> float:
+        if gpu > 1 and gpu != int(gpu):
+            raise RuleError(
+                "be a whole number or below 1: Ray gives whole GPUs or a share of one",
+                fix=f"Write {int(gpu)} or {int(gpu) + 1}.",
+            )
+        return gpu
+
+
+class EvaluateConfig(_Share):
+    """What a trial gets at fidelity 0, where nothing is trained."""
+
+
+class ResourcesConfig(_Share):
+    """What one trial gets from Ray."""
+
+    evaluate: EvaluateConfig | None = Field(
+        default=None,
+        description="what a trial takes at fidelity 0 instead, where it trains nothing: "
+        "{cpu: 1} leaves the GPUs to trials that train; null is the same as those",
+    )
     max_concurrent: int | None = Field(default=None, ge=1, description="the most trials at a time")
     trial_timeout_s: float | None = Field(
         default=None, gt=0, description="seconds until a trial fails"
@@ -629,15 +653,18 @@ class ResourcesConfig(_Section):
         description="seconds to wait for nodes that a trial or a probe needs, at the start",
     )
 
-    @field_validator("gpu")
-    @classmethod
-    def _whole_or_shared(cls, gpu: float) -> float:
-        if gpu > 1 and gpu != int(gpu):
+    @model_validator(mode="after")
+    def _less_to_evaluate(self) -> ResourcesConfig:
+        if self.evaluate is not None and self.evaluate.gpu > self.gpu:
             raise RuleError(
-                "be a whole number or below 1: Ray gives whole GPUs or a share of one",
-                fix=f"Write {int(gpu)} or {int(gpu) + 1}.",
+                f"be at most `resources.gpu` (={self.gpu:g}): evaluating takes no more than "
+                "training",
+                "evaluate",
+                "gpu",
+                value=self.evaluate.gpu,
+                fix="Lower it, or raise resources.gpu.",
             )
-        return gpu
+        return self
 
 
 class LatencyConfig(_Section):

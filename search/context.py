@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,16 @@ class TrialContext:
         return weights_digest(self.dense)
 
 
+def only_evaluates(spec: TrialSpec, config: SearchConfig) -> bool:
+    """Whether a trial takes `resources.evaluate`: it trains nothing up to its fidelity."""
+    return (
+        config.resources.evaluate is not None
+        and spec.fidelity == 0
+        and spec.candidate.dsd_lambda is None
+        and config.recover.reconstruct.steps == 0
+    )
+
+
 @dataclass(frozen=True)
 class TrialSpec:
     """What one trial has to do.
@@ -114,7 +125,8 @@ class TrialSpec:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> TrialSpec:
-        """Inverse of `to_mapping`."""
+        """Inverse of `to_mapping`; other keys may be beside."""
         candidate = Candidate.from_mapping(json.loads(data["candidate"]))
         row = None if data["row"] is None else TrialResult.from_json(data["row"])
-        return cls(**{**data, "candidate": candidate, "row": row})
+        given = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**given, "candidate": candidate, "row": row})

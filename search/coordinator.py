@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .asking import AskAhead
 from .config import SearchConfig
-from .context import TrialSpec
+from .context import TrialSpec, only_evaluates
 from .dense import Baseline
 from .early_stop import fidelities, ladder_of
 from .front import Front, reference_point
@@ -30,6 +30,7 @@ from .surrogate.features import Hints
 
 COMPACT_EVERY = 256
 HOPELESS = 8  # trials that fail before any succeeds: the cause is not the candidate
+MOST_READY = 4  # trials that wait for room of their kind: those asked early know less
 POLL_S = 0.05  # the driver waits for the sampler no longer while trials run
 
 Listener = Callable[[TrialResult], None]
@@ -65,7 +66,7 @@ class Coordinator:
         self.counts: collections.Counter[TrialStatus] = collections.Counter()
         self._by_candidate: dict[str, str] = {}
         self._running: dict[str, _Running] = {}
-        self._again: collections.deque[TrialSpec] = collections.deque()
+        self._ready: collections.deque[TrialSpec] = collections.deque()  # to be started
         self._deaths: dict[str, list[str]] = {}  # of each trial's workers, while it is tried again
         self._unstored: dict[str, TrialResult] = {}
         self._duplicates: dict[str, list[Proposal]] = {}  # of each trial
@@ -149,24 +150,30 @@ class Coordinator:
         """
         self._broken = self._stop_reason = reason
         if trial is not None:
-            self._again.append(self._running[trial].spec)
+            self._ready.append(self._running[trial].spec)
 
     def expect(self, slots: int) -> None:
         """Says how many trials will run at a time, so that as many proposals lie ready."""
         self._asking.expect(slots)
 
-    def next(self) -> TrialSpec | None:
+    def next(self, *, train: bool = True, evaluate: bool = True) -> TrialSpec | None:
         """The next trial to run; None when there is none now.
 
         A trial that is tried again or promoted comes before a new one. A candidate that is already
         known is not run again: its row is recorded as a duplicate, at once or when the first one
         ends.
+
+        Args:
+            train: Whether there is room for a trial that trains.
+            evaluate: Whether there is room for one that only evaluates.
         """
-        if self.stopped is None and self._again:
-            return self._again.popleft()
-        if self.stopped is None and (promotion := self._ladder.promote()) is not None:
+        if not (train or evaluate) or self.stopped is not None:
+            return None
+        if (spec := self._take_ready(train, evaluate)) is not None:
+            return spec
+        if train and (promotion := self._ladder.promote()) is not None:
             return self._promoted(*promotion)
-        while self.remaining and self.stopped is None:
+        while self.remaining and self.stopped is None and len(self._ready) < MOST_READY:
             proposal = self._asking.next(POLL_S if self._running else 1.0)
             if proposal is None:
                 if self._running:
@@ -175,7 +182,10 @@ class Coordinator:
             key = proposal.candidate.key
             first = self._by_candidate.setdefault(key, trial_id(proposal.number))
             if first == trial_id(proposal.number):
-                return self._start(proposal)
+                self._ready.append(self._start(proposal))
+                if (spec := self._take_ready(train, evaluate)) is not None:
+                    return spec
+                continue
             self._duplicates.setdefault(first, []).append(proposal)
             if first in self.results:
                 self._record(proposal, duplicate_row(proposal, self.results[first]))
@@ -208,7 +218,7 @@ class Coordinator:
         spec = self._running[trial].spec
         if again and len(self._deaths.get(trial, ())) < self.config.resources.max_retries:
             self._deaths.setdefault(trial, []).append(message)
-            self._again.append(spec)
+            self._ready.append(spec)
             return
         self.finish(failed_row(spec, self.results.get(trial), message))
 
@@ -238,7 +248,15 @@ class Coordinator:
     @property
     def _waiting(self) -> bool:
         """Whether anything is left to start."""
-        return bool(self.remaining or self.num_promotable or self._again)
+        return bool(self.remaining or self.num_promotable or self._ready)
+
+    def _take_ready(self, train: bool, evaluate: bool) -> TrialSpec | None:
+        """The first of the trials that are ready to start for which there is room."""
+        for spec in self._ready:
+            if evaluate if only_evaluates(spec, self.config) else train:
+                self._ready.remove(spec)
+                return spec
+        return None
 
     def _start(self, proposal: Proposal) -> TrialSpec:
         spec = TrialSpec(

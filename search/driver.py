@@ -7,8 +7,10 @@ is kept and a resumed search starts a fresh Tuner.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,20 +24,23 @@ from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from .config import ResourcesConfig
+from .context import only_evaluates
 from .coordinator import Coordinator
 from .deaths import Death, read_tail
+from .nodes import Room
 from .records import TrialResult
 
 Inquest = Callable[[str, str], Death]
+
+TAKES = "takes"  # key in Tune's config of a trial: what it takes of a node, and of which
+LOOK_S = 1.0
 
 
 def run_trials(
     coordinator: Coordinator,
     trainable: Any,
-    slots: int,
+    room: Callable[[], Room],
     tick: Callable[[int], None],
-    resources: ResourcesConfig,
     inquest: Inquest,
 ) -> None:
     """Runs on Tune everything that the coordinator proposes; returns when it is done.
@@ -44,22 +49,19 @@ def run_trials(
         coordinator: Proposes and records.
         trainable: A Tune trainable class: its one step takes a trial to the fidelity asked for
             and returns its `row` (JSON). A trial that is promoted is another trial to Tune.
-        slots: How many trials run at a time.
+        room: What there is room for now: asked about once a second, as nodes come and go.
         tick: Called often with the number of running trials.
-        resources: What a trial takes.
         inquest: How the worker of a trial (its name) died that ended with an error of Ray's.
     """
-    coordinator.expect(slots)
     scratch = tempfile.mkdtemp(prefix="prune-search-")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's row tells its death
     try:
         tune.Tuner(
-            tune.with_resources(trainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
+            tune.with_resources(trainable, lambda spec: tune.PlacementGroupFactory(**spec[TAKES])),
             tune_config=tune.TuneConfig(
-                search_alg=_Asker(coordinator),
+                search_alg=_Asker(coordinator, room),
                 scheduler=_InOrder(),
                 num_samples=-1,
-                max_concurrent_trials=slots,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: "{trial_id}-{fidelity}".format(**trial.config),
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -99,20 +101,44 @@ tune_controller.RayActorManager = _Actors
 
 
 class _Asker(Searcher):
-    """Tune's searcher: whatever the coordinator proposes."""
+    """Tune's searcher: whatever the coordinator proposes and there is room for."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, room: Callable[[], Room]) -> None:
         super().__init__(metric="done", mode="max")
         self._coordinator = coordinator
+        self._ask_room = room
+        self._live: dict[str, bool] = {}  # Tune's name of a trial: whether it only evaluates
+        self._looked = -math.inf
 
     def suggest(self, trial_id: str) -> Any:
-        spec = self._coordinator.next()
-        if spec is not None:
-            return spec.to_mapping()
-        return Searcher.FINISHED if self._coordinator.done else None
+        self._look()
+        evaluating = sum(self._live.values())
+        train, evaluate = self._room.admits(len(self._live) - evaluating, evaluating)
+        spec = self._coordinator.next(train=train, evaluate=evaluate)
+        if spec is None:
+            return Searcher.FINISHED if self._coordinator.done else None
+        self._live[trial_id] = only = only_evaluates(spec, self._coordinator.config)
+        return spec.to_mapping() | {TAKES: self._takes(only)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """The recorder does this work."""
+        """There is room for another; the recorder does the rest."""
+        self._live.pop(trial_id, None)
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked > LOOK_S:
+            self._room, self._looked = self._ask_room(), time.monotonic()
+            self._coordinator.expect(self._room.most)
+
+    def _takes(self, only_evaluates: bool) -> dict[str, Any]:
+        """What a trial takes, as Ray's placement groups say it."""
+        resources = self._coordinator.config.resources
+        share = (resources.evaluate if only_evaluates else None) or resources
+        bundle = {"CPU": share.cpu, "GPU": share.gpu}
+        takes: dict[str, Any] = {"bundles": [{k: v for k, v in bundle.items() if v > 0}]}
+        if only_evaluates and self._room.evaluators:
+            nodes = f"in({','.join(self._room.evaluators)})"
+            takes["bundle_label_selector"] = [{"ray.io/node-id": nodes}]
+        return takes
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is the truth."""

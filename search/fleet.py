@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from .cache import Say, user_shelf
 from .config import CacheConfig
 from .deaths import Death, Place, cause_of_death, read_tail
 from .keeper import Keeper
-from .nodes import await_nodes, num_slots, place_probes
+from .nodes import await_nodes, find_room, place_probes
 from .probe import LatencyProbe
 from .setup import Problem, pack_images
 
@@ -95,8 +96,6 @@ class Fleet:
         from .driver import run_trials
         from .worker import Worker
 
-        resources = self.config.resources
-        slots = num_slots(self.config, self._places)
         problem = self._problem
         references = coordinator.baseline.references
         state = {k: v.detach().cpu().numpy() for k, v in problem.model.state_dict().items()}
@@ -114,7 +113,8 @@ class Fleet:
             "keeper": self.keeper,
         }
         trainable = tune.with_parameters(Worker, parts=parts)
-        run_trials(coordinator, trainable, slots, tick, resources, self._inquest)
+        room = functools.partial(find_room, self.config, self._places)
+        run_trials(coordinator, trainable, room, tick, self._inquest)
 
     def _inquest(self, trial_id: str, error: str) -> Death:
         """How a trial's worker died: by what Ray says, and by the worker's log on its node."""

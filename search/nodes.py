@@ -83,22 +83,62 @@ def place_probes(config: SearchConfig) -> list[ProbeActor]:
     return places
 
 
-def num_slots(config: SearchConfig, places: Sequence[ProbeActor]) -> int:
-    """How many trials fit on the cluster at once, beside the probes; at least one.
+@dataclass(frozen=True)
+class Room:
+    """What there is room for at a time.
 
-    Where nodes are waited for, more of them may join while trials run: then as many trials as
-    `resources.max_concurrent` says are asked for, and those that do not fit yet wait in Ray.
+    Attributes:
+        train: Trials that train, or all where `resources.evaluate` is not set.
+        evaluate: Trials that only evaluate, beside them. 0: they take the others' room.
+        most: All together.
+        evaluators: Ids of the nodes where those that only evaluate belong; empty: on any.
+    """
 
-    Raises:
-        ConfigError: If none fits.
+    train: int
+    evaluate: int
+    most: int
+    evaluators: tuple[str, ...] = ()
+
+    def admits(self, training: int, evaluating: int) -> tuple[bool, bool]:
+        """Whether one more that trains, and one more that only evaluates, may start.
+
+        Args:
+            training: How many of those run.
+            evaluating: How many of these run.
+        """
+        if training + evaluating >= self.most:
+            return False, False
+        if not self.evaluate:
+            return (training + evaluating < self.train,) * 2
+        return training < self.train, evaluating < self.evaluate
+
+
+def find_room(config: SearchConfig, places: Sequence[ProbeActor]) -> Room:
+    """What fits on the cluster as it is now, beside the probes; at least one trial.
+
+    Where nodes are waited for, an autoscaler has to see that more are wanted: then as many trials
+    as `resources.max_concurrent` says are asked for, and those that do not fit yet wait in Ray.
+
+    Args:
+        config: Says what a trial takes.
+        places: The probes.
     """
     resources = config.resources
-    slots = _room(config, places)
-    if slots < 1:
-        raise ConfigError(_no_room(config))
-    if resources.wait_for_nodes_s > 0 and resources.max_concurrent is not None:
-        return resources.max_concurrent
-    return min(slots, resources.max_concurrent or 2**31)
+    train, evaluate = max(1, _num_fitting(config, places)), 0
+    evaluators = _evaluators(config)
+    if evaluators:
+        evaluate = sum(evaluators.values())
+    elif resources.evaluate:
+        evaluate = _num_fitting(config, places, beside=train)
+        if not evaluate and train > 1:
+            train -= 1  # both kinds take the same cores: neither may wait for the other for ever
+            evaluate = _num_fitting(config, places, beside=train)
+    most = train + evaluate
+    if resources.max_concurrent is not None:
+        if resources.wait_for_nodes_s > 0:
+            train = most = resources.max_concurrent
+        most = min(most, resources.max_concurrent)
+    return Room(train, evaluate, most, tuple(evaluators))
 
 
 # --- what is missing ----------------------------------------------------------------------------
@@ -125,25 +165,48 @@ def _lacking(config: SearchConfig) -> list[_Lack]:
         places = [] if lacking else place_probes(config)
     except ConfigError as error:
         return [_Lack({"GPU": 1.0}, "the probe has no GPU", str(error))]
-    if _room(config, places) < 1:
+    if _num_fitting(config, places) < 1:
         needs = {"CPU": config.resources.cpu, "GPU": config.resources.gpu}
         bundle = {name: need for name, need in needs.items() if need > 0}
         lacking.append(_Lack(bundle, "a trial does not fit on the cluster", _no_room(config)))
     return lacking
 
 
-def _room(config: SearchConfig, places: Sequence[ProbeActor]) -> int:
-    """How many trials fit beside the probes."""
+def _num_fitting(
+    config: SearchConfig, places: Sequence[ProbeActor], *, beside: int | None = None
+) -> int:
+    """How many trials fit beside the probes.
+
+    Args:
+        config: Says what a trial takes.
+        places: The probes.
+        beside: None counts trials that train; a number those that only evaluate, beside so many.
+    """
     have = ray.cluster_resources()
-    fits = [
-        (have.get(name, 0) - sum(place.options[option] for place in places)) / need
-        for name, option, need in (
-            ("CPU", "num_cpus", config.resources.cpu),
-            ("GPU", "num_gpus", config.resources.gpu),
-        )
-        if need > 0
-    ]
-    return int(min(fits) + 1e-9) if fits else 1
+    train, evaluate = config.resources, config.resources.evaluate
+    takes = train if beside is None or evaluate is None else evaluate
+    fits = []
+    for name, option, need, taken in (
+        ("CPU", "num_cpus", takes.cpu, train.cpu),
+        ("GPU", "num_gpus", takes.gpu, train.gpu),
+    ):
+        free = have.get(name, 0) - sum(place.options[option] for place in places)
+        if need > 0:
+            fits.append((free - (beside or 0) * taken) / need)
+    return max(0, int(min(fits) + 1e-9))
+
+
+def _evaluators(config: SearchConfig) -> dict[str, int]:
+    """How many trials that only evaluate fit on each node without a GPU, where the others train.
+
+    Ray would pack them onto the fullest nodes: on the cores beside the GPUs, which training needs.
+    """
+    evaluate = config.resources.evaluate
+    if evaluate is None or evaluate.gpu > 0 or config.resources.gpu == 0:
+        return {}
+    nodes = [n for n in ray.nodes() if n["Alive"] and not n["Resources"].get("GPU")]
+    fits = {n["NodeID"]: int(n["Resources"].get("CPU", 0) / evaluate.cpu) for n in nodes}
+    return {node: number for node, number in sorted(fits.items()) if number}
 
 
 def _no_room(config: SearchConfig) -> str:

@@ -23,7 +23,7 @@ from .config import (
     load_config,
     parse_config,
 )
-from .early_stop import ladder_of, settled
+from .early_stop import fidelities, ladder_of, settled
 from .front import choose, front_hypervolume, front_of
 from .interrupt import stopping_gently
 from .metrics import dense_value
@@ -380,6 +380,11 @@ def _execute(
             progress.say(
                 "every trial is fine-tuned to the end: too short for stopping early to pay "
                 "(search.early_stop: auto)"
+            )
+        if config.resources.evaluate and len(fidelities(config)) == 1:
+            progress.say(
+                "warning: resources.evaluate is ignored: no trial waits at fidelity 0. Set "
+                "search.early_stop: true, and recover.epochs"
             )
         if allow_space_change is None:
             remember(folder, problem)

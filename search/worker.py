@@ -19,7 +19,7 @@ from ..methods.measure import Latency
 from ..methods.surgery import Recipe
 from .cache import user_shelf
 from .config import SearchConfig
-from .context import MeasureLatency, TrialContext, TrialSpec
+from .context import MeasureLatency, TrialContext, TrialSpec, only_evaluates
 from .deaths import Place, own_log
 from .finished import FinishedTrials
 from .keeper import shares
@@ -45,14 +45,16 @@ class Worker(tune.Trainable):
     def setup(self, config: dict[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         """Builds what all trials of this worker share."""
         assert parts is not None
-        self._spec = config
+        self._spec = TrialSpec.from_mapping(config)
         self._paused: dict[str, Work] = {}  # the last few trials that wait at a rung
         self._keeper = parts["keeper"]
         self._place = Place(ray.get_runtime_context().get_node_id(), own_log())
         faulthandler.enable(file=STDERR, all_threads=False)
         search: SearchConfig = parts["config"]
-        torch.set_num_threads(max(1, int(search.resources.cpu)))
-        device = trial_device(search)
+        self._moves = only_evaluates(self._spec, search)  # as every trial of this worker
+        takes = (search.resources.evaluate if self._moves else None) or search.resources
+        torch.set_num_threads(max(1, int(takes.cpu)))
+        device = trial_device(search) if takes.gpu else torch.device("cpu")
         task = make_task(search, unpack_images(ray.get(parts["images"])), device)
         model = make_model(search, task.num_classes, trained=False).to(device)
         load_state(model, ray.get(parts["state"]))
@@ -72,12 +74,12 @@ class Worker(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial."""
-        self._spec = new_config
+        self._spec = TrialSpec.from_mapping(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Runs the trial to its next rung."""
-        spec = TrialSpec.from_mapping(self._spec)
+        spec = self._spec
         ray.get(self._keeper.began.remote(spec.trial_id, self._place))
         with watchdog(self._context.config.resources.trial_timeout_s):
             outcome = run_trial(spec, self._context, self._take_up(spec))
@@ -106,10 +108,11 @@ class Worker(tune.Trainable):
         return take_up(read, spec.trial_id, spec.row.fidelity, self._context)
 
     def _pause(self, trial_id: str, work: Work) -> None:
-        self._paused[trial_id] = work
+        if not self._moves:
+            self._paused[trial_id] = work
         if len(self._paused) > MOST_PAUSED:
             del self._paused[next(iter(self._paused))]
-        if work.worth_a_checkpoint:
+        if work.worth_a_checkpoint or self._moves:
             pause = self._keeper.pause
             put_down(work, lambda *parts: ray.get(pause.remote(trial_id, *parts)), trial_id)
 

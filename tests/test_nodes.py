@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from prunesearch.search.coordinator import Coordinator
 from prunesearch.search.dense import Baseline, prepare_dense
 from prunesearch.search.driver import run_trials
 from prunesearch.search.fleet import Fleet
-from prunesearch.search.nodes import ProbeActor, await_nodes, num_slots, place_probes
+from prunesearch.search.nodes import ProbeActor, Room, await_nodes, find_room, place_probes
+from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.setup import pose, trial_device
 from prunesearch.search.space import Space
 from prunesearch.search.worker import _asks
@@ -86,8 +88,8 @@ def test_probes_measure_on_the_nodes_that_they_name(cluster: Cluster, tmp_path: 
         ProbeActor((DEFAULT_PROBE, "edge"), {"num_cpus": 0, "num_gpus": 0.0, "resources": own}),
         ProbeActor(("a",), {"num_cpus": 0, "num_gpus": 0.0, "resources": {"shared": 1}}),
     ], "one actor for all probes of a node: they measure one after the other"
-    assert num_slots(patient, places) == 7, "trials that do not fit yet wait in Ray"
-    assert num_slots(config(**sections), places) == 2
+    assert find_room(patient, places) == Room(7, 0, 7), "what does not fit yet waits in Ray"
+    assert find_room(config(**sections), places) == Room(2, 0, 2)
     card = {"card": {"device": "cuda", "resource": "shared"}}
     with pytest.raises(ConfigError, match="`probes.card.device` .=cuda. must have a share"):
         place_probes(config(probes=card))
@@ -115,10 +117,8 @@ def test_probes_measure_on_the_nodes_that_they_name(cluster: Cluster, tmp_path: 
 def test_trials_spread_over_nodes_that_join_while_they_run(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """More trials are asked for than fit; Ray starts them as soon as there is a node."""
     settings = config(
         search={"sampler": "random", "trials": 999, "time_limit_s": 150, "early_stop": False},
-        resources={"max_concurrent": 4, "wait_for_nodes_s": 1},
     )
     plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
     space = Space(settings.space, plan, ((),))
@@ -134,13 +134,71 @@ def test_trials_spread_over_nodes_that_join_while_they_run(
         if most == 4:
             coordinator.stop("seen")
 
-    slots = num_slots(settings, [])
     trainable = tune.with_parameters(NoOp, sleep_s=(0.5, 0.5))
-    run_trials(coordinator, trainable, slots, tick, settings.resources, pytest.fail)
+    run_trials(coordinator, trainable, partial(find_room, settings, []), tick, pytest.fail)
     coordinator.close()
     assert (least, coordinator.stopped) == (2, "seen")
     statuses = {str(result.status) for result in coordinator.results.values()}
     assert statuses <= {"completed", "duplicate"}
+
+
+def test_trials_that_only_evaluate_stay_on_nodes_without_a_gpu(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The GPUs are logical ones: what is asked here is only where Ray puts whom."""
+    cpu_nodes = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU", 0) >= 2}
+    cluster.add_node(num_cpus=2, num_gpus=2)
+    settings = config(
+        search={"sampler": "random", "trials": 24, "early_stop": True},
+        resources={"gpu": 1, "evaluate": {"cpu": 2}, "max_concurrent": 4},
+    )
+    room = find_room(settings, [])
+    assert set(room.evaluators) == cpu_nodes and room.train == 2
+    plan = plan_pruning(build_model("resnet20", num_classes=10), torch.zeros(2, 3, 16, 16))
+    space = Space(settings.space, plan, ((),))
+    coordinator = Coordinator(settings, space, BASELINE, tmp_path, lambda result: None)
+
+    class Where(NoOp):  # in here, so that Ray sends its code along
+        """Says where it is, and climbs the ladder."""
+
+        def step(self) -> dict[str, Any]:
+            found = super().step()
+            row = TrialResult.from_json(found["row"])
+            fidelity = self._spec["fidelity"]
+            row.fidelity, row.accuracy_by_fidelity = fidelity, [row.accuracy] * (fidelity + 1)
+            if fidelity < 2:
+                row.status = TrialStatus.EARLY_STOPPED
+            has_gpu = bool(ray.get_runtime_context().get_assigned_resources().get("GPU"))
+            row.host = ray.get_runtime_context().get_node_id()
+            row.device = f"fidelity {fidelity} {'with' if has_gpu else 'without'} a GPU"
+            return found | {"row": row.to_json()}
+
+    trainable = tune.with_parameters(Where)
+    run_trials(coordinator, trainable, partial(find_room, settings, []), _ignore, pytest.fail)
+    coordinator.close()
+    rows = coordinator.results.values()
+    ended = [row for row in rows if row.status is TrialStatus.COMPLETED]
+    assert ended and all(row.device == "fidelity 2 with a GPU" for row in ended)
+    waiting = [row for row in rows if row.device.startswith("fidelity 0")]
+    assert waiting and all(row.device == "fidelity 0 without a GPU" for row in waiting)
+    assert {row.host for row in waiting} <= cpu_nodes
+    assert {row.host for row in ended}.isdisjoint(cpu_nodes)
+
+
+def _ignore(running: int) -> None:
+    """Nothing is shown."""
+
+
+@pytest.mark.parametrize(
+    ("room", "admitted"),
+    [
+        (Room(2, 0, 2), {(0, 0): (True, True), (1, 0): (True, True), (1, 1): (False, False)}),
+        (Room(1, 3, 4), {(1, 0): (False, True), (0, 3): (True, False), (1, 3): (False, False)}),
+        (Room(2, 4, 3), {(2, 0): (False, True), (0, 2): (True, True), (1, 2): (False, False)}),
+    ],
+)
+def test_room_of_each_kind(room: Room, admitted: dict[tuple[int, int], tuple[bool, bool]]) -> None:
+    assert {running: room.admits(*running) for running in admitted} == admitted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -32,6 +32,7 @@ from ..deaths import cause_of_death
 from ..dense import Baseline
 from ..driver import run_trials
 from ..environment import environment
+from ..nodes import Room
 from ..records import TrialResult
 from ..space import Space
 from .noop import NoOp
@@ -193,12 +194,12 @@ class _Timed(Coordinator):
         over = self._stop_at is not None and time.time() > self._stop_at
         return over or self._sizes[-1:] == (len(self.ends),) or super().done
 
-    def next(self) -> TrialSpec | None:
+    def next(self, *, train: bool = True, evaluate: bool = True) -> TrialSpec | None:
         """Timed; nothing once it is over."""
         if self.done:
             return None
         start = time.perf_counter()
-        spec = super().next()
+        spec = super().next(train=train, evaluate=evaluate)
         now = time.perf_counter()
         self._own += now - start
         if spec is not None and self._free:
@@ -255,9 +256,8 @@ def _run(coordinator: Coordinator, slots: int, sleep_s: tuple[float, float]) -> 
     run_trials(
         coordinator,
         trainable,
-        slots,
+        lambda: Room(slots, 0, slots),
         lambda running: None,
-        coordinator.config.resources,
         lambda trial, error: cause_of_death(error, log=""),
     )
 
