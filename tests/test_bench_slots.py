@@ -12,14 +12,14 @@ from prunesearch.search.config import ConfigError, load_config
 from prunesearch.search.progress import Progress
 
 
-def test_it_counts_the_trials_of_each_number_of_slots(tmp_path: Path) -> None:
+def test_it_counts_the_trials_of_a_number_of_slots(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["baseline.epochs=1"])
-    result = bench_slots(config, Progress.silent(), slots=[1, 2], seconds=15)
-    assert [row["slots"] for row in result["rows"]] == [1, 2]
+    result = bench_slots(config, Progress.silent(), slots=[2], seconds=25)
+    assert [row["slots"] for row in result["rows"]] == [2]
     for row in result["rows"]:
         assert row["trials"] >= 2 and row["per_hour"] > 0 and 0 < row["busy"] <= 1
     table = slots_table(result)
-    assert list(table.columns[4].cells)[0] == "1.00" and table.row_count == 2
+    assert list(table.columns[4].cells)[0] == "1.00" and table.row_count == 1
 
 
 def test_too_many_slots_are_refused_before_anything_starts(tmp_path: Path) -> None:
