@@ -15,7 +15,13 @@ from pathlib import Path
 
 TARGETS = ("driver", "worker", "probe", "keeper", "raylet")
 ENDING = ("driver", "raylet")  # without them the driver is gone; a local Ray has one node
-TITLES = {"ray::LatencyProbe": "probe", "ray::Keeper": "keeper", "ray::IDLE": None}
+TITLES = {  # of Ray's processes; any other is a worker
+    "ray::LatencyProbe": "probe",
+    "ray::Keeper": "keeper",
+    "ray::IDLE": None,
+    "ray::DashboardAgent": "raylet",  # which ends with its agents
+    "ray::RuntimeEnvAgent": "raylet",
+}
 END_S = 60.0  # for processes to go after their driver
 POLL_S = 0.1
 
@@ -36,7 +42,7 @@ class Session:
         with self._log.open("ab") as log:
             self._driver = subprocess.Popen(
                 [sys.executable, "-m", "prunesearch.search.cli", *map(str, words)],
-                stdout=subprocess.DEVNULL,
+                stdout=log,
                 stderr=log,
                 env=os.environ | {"NO_COLOR": "1"},
             )
