@@ -35,7 +35,7 @@ from .cli_common import (
     print_wide,
 )
 from .cli_jobs import follow, job_server, remote_export, remote_front, remote_status, stop, submit
-from .cli_names import datasets, doctor, methods, models
+from .cli_names import datasets, doctor, methods, models, schema
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -
     _print_check(load(config, set_ or []), as_json)
 
 
-for _command in (submit, follow, stop, cache, methods, models, datasets, doctor):
+for _command in (submit, follow, stop, cache, methods, models, datasets, schema, doctor):
     app.command()(_command)
 
 

@@ -47,6 +47,13 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors: completion, and mistakes while one types."""
+    from .config_schema import config_schema
+
+    out.print_json(json.dumps(config_schema()))
+
+
 def _print_names(
     names: dict[str, dict[str, str]], table: Callable[..., Any], as_json: bool
 ) -> None:

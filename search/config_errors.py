@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -124,7 +125,7 @@ def _unknown_key(root: type[BaseModel], loc: Loc, value: object) -> str:
     homes = [
         dotted((*place, key)) for place, model in _sections(root) if key in model.model_fields
     ]
-    hint = nearest(key, known) or (f"Did you mean `{homes[0]}`?" if homes else "Delete it.")
+    hint = f"Did you mean `{homes[0]}`?" if homes else nearest(key, known) or "Delete it."
     section = f"`{dotted(loc[:-1])}`" if loc[:-1] else "the top level"
     return (
         f"`{dotted(loc)}` (={show(value)}) must be a known key:"
@@ -151,7 +152,7 @@ def _field(root: type[BaseModel], loc: Loc) -> FieldInfo | None:
             kind = inner
         elif _is_section(kind) and part in kind.model_fields:
             info = kind.model_fields[str(part)]
-            kind = info.annotation
+            kind = _held(info)
         else:
             return info
     return info
@@ -161,9 +162,15 @@ def _section_at(root: type[BaseModel], loc: Loc) -> type[BaseModel]:
     """The section at `loc`, also one of several that the user has named."""
     kind: object = root
     for part in loc:
-        kind = _named(kind) or (_is_section(kind) and kind.model_fields[str(part)].annotation)
+        kind = _named(kind) or (_is_section(kind) and _held(kind.model_fields[str(part)]))
     assert _is_section(kind)
     return kind
+
+
+def _held(info: FieldInfo) -> object:
+    """What a field holds where it holds anything: of `section or null` the section."""
+    kinds = [kind for kind in get_args(info.annotation) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 and _is_section(kinds[0]) else info.annotation
 
 
 def _named(kind: object) -> type[BaseModel] | None:
@@ -175,8 +182,8 @@ def _named(kind: object) -> type[BaseModel] | None:
 def _sections(model: type[BaseModel], loc: Loc = ()) -> Iterator[tuple[Loc, type[BaseModel]]]:
     yield loc, model
     for name, info in model.model_fields.items():
-        if _is_section(info.annotation):
-            yield from _sections(info.annotation, (*loc, name))
+        if _is_section(kind := _held(info)):
+            yield from _sections(kind, (*loc, name))
 
 
 def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:

@@ -55,7 +55,23 @@ def plot_front(
     y: str = "accuracy",
     title: str = "",
 ) -> Path:
-    """Draw the trials in two metrics and save the picture.
+    """Save the picture of `front_figure`; the path's ending says the format: png, svg or pdf.
+
+    Raises:
+        ConfigError: If a metric or the format is unknown.
+    """
+    return save_figure(front_figure(results, baseline, x=x, y=y, title=title), Path(path))
+
+
+def front_figure(
+    results: Sequence[TrialResult],
+    baseline: Mapping[str, Any],
+    *,
+    x: str = "latency_ms",
+    y: str = "accuracy",
+    title: str = "",
+) -> Figure:
+    """Draw the trials in two metrics.
 
     Completed trials are dots, infeasible ones are hollow, the front in these two metrics is a
     staircase, the dense model a star. The controls have markers of their own: random channels
@@ -64,20 +80,17 @@ def plot_front(
     Args:
         results: Trials in any state; those without the two metrics are left out.
         baseline: The dense model's metrics.
-        path: Where to; the ending says the format: png, svg or pdf.
         x: Metric of the horizontal axis.
         y: Metric of the vertical axis.
         title: Text above the picture.
 
     Raises:
-        ConfigError: If a metric or the format is unknown.
+        ConfigError: If a metric is unknown.
     """
     known = metrics_of(sorted({*probes_of(results), *baseline.get("latency_by_probe", {})}))
     _check("x", x, known)
     _check("y", y, known)
-    return _save(
-        Path(path), x, y, title, lambda axes: _draw(axes, results, baseline, x, y), columns=3
-    )
+    return _figure(x, y, title, lambda axes: _draw(axes, results, baseline, x, y), columns=3)
 
 
 def plot_runs(
@@ -100,7 +113,7 @@ def plot_runs(
             axes.plot(xs, ys, label=label, **style)
         axes.axvline(1.0, color=GREY, lw=1, ls=":", zorder=1)
 
-    return _save(Path(path), "speedup", "accuracy", title, draw, columns=1)
+    return save_figure(_figure("speedup", "accuracy", title, draw, columns=1), Path(path))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -136,9 +149,7 @@ def tidy(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=9.5, length=0)
 
 
-def _save(
-    path: Path, x: str, y: str, title: str, draw: Callable[[Axes], None], *, columns: int
-) -> Path:
+def _figure(x: str, y: str, title: str, draw: Callable[[Axes], None], *, columns: int) -> Figure:
     figure = new_figure(7.6, 5.0)
     axes = figure.add_subplot()
     _decorate(axes, x, y, title)
@@ -152,7 +163,7 @@ def _save(
             frameon=False,
             fontsize=9.5,
         )
-    return save_figure(figure, path)
+    return figure
 
 
 def _draw(

@@ -37,6 +37,9 @@ from .store import Store, atomic_write_bytes, read_as, read_json, sweep_unfinish
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import RenderableType
+
+    from .notebook import Picture
 
 
 CONFIG = "config.yaml"
@@ -163,15 +166,43 @@ class Run:
         """The best front member for one metric among those that satisfy `where`."""
         return choose(self.front_results(), minimize, maximize, where)
 
-    def plot(self, path: str | Path, x: str | None = None, y: str | None = None) -> Path:
-        """Draws trials, front, dense baseline and controls as a PNG."""
-        from .plot import plot_front
+    def plot(
+        self, path: str | Path | None = None, x: str | None = None, y: str | None = None
+    ) -> Picture:
+        """Draws trials, front, dense baseline and controls; a notebook shows the picture.
+
+        Args:
+            path: Where it is written too; the ending says the format: png, svg or pdf.
+            x: Metric of the horizontal axis; the first objective that is a cost by default.
+            y: Metric of the vertical axis.
+
+        Raises:
+            ConfigError: If a metric or the format is unknown, or the path cannot be written.
+        """
+        from .notebook import Picture
+        from .plot import front_figure
 
         config = self.config
         x, y = axes(config.objectives, x, y)
-        check_writable(Path(path), "--plot")
+        if path is not None:
+            check_writable(Path(path), "--plot")
         dense = {**self.baseline, "speedup": 1.0, "accuracy_drop": 0.0}
-        return plot_front(self.results(), dense, path, x=x, y=y, title=config.name)
+        figure = front_figure(self.results(), dense, x=x, y=y, title=config.name)
+        picture = Picture(figure)
+        if path is not None:
+            picture.save(path)
+        return picture
+
+    def __rich__(self) -> RenderableType:
+        """How far it is, and its front."""
+        from .notebook import run_tables
+
+        return run_tables(self)
+
+    def _repr_html_(self) -> str:
+        from .notebook import as_html, run_tables
+
+        return as_html(run_tables(self))
 
     def export(
         self,

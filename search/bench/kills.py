@@ -1,8 +1,9 @@
 """A search whose processes are killed at random, beside one that is left in peace.
 
 Each kill is SIGKILL for one of the run's processes on this machine: the driver, a trial's worker,
-the latency probe, the keeper, or the raylet or an agent of it (the node). A driver that is gone is started again
-with `resume`, as a user would. At the end the ledgers of the two searches are compared.
+the latency probe, the keeper, or the raylet or an agent of it (the node). A driver that is gone is
+started again with `resume`, as a user would. At the end the ledgers of the two searches are
+compared.
 """
 
 from __future__ import annotations
