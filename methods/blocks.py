@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from .names import unknown_name
-from .trace import Call, eval_mode, trace_calls
+from .trace import Call, eval_mode, forward_of, kept_whole, trace_calls
 
 Valid = Literal["paper", "residual"]
 
@@ -61,7 +61,7 @@ def find_blocks(model: nn.Module, example_input: Tensor, *, valid: Valid = "pape
     if valid not in ("paper", "residual"):
         raise ValueError(unknown_name("space.blocks.valid", valid, ["paper", "residual"]))
     with eval_mode(model):
-        calls = trace_calls(model, example_input)
+        calls = trace_calls(model, example_input, forward_of(model))
         residual = _residual_modules(model, calls, example_input)
         units = _units(model, calls, residual)
         stages = _stages([name for name in units if _is_block(model, name, residual)], calls)
@@ -143,7 +143,10 @@ def _is_residual(module: nn.Module, shape: tuple[int, ...], like: Tensor) -> boo
     x = torch.randn(shape, generator=generator).to(like)
     state = chain(module.named_parameters(), module.named_buffers())  # FrozenBatchNorm: buffers
     zeros = {key: torch.zeros_like(t) for key, t in state if t.is_floating_point()}
-    out = functional_call(module, zeros, (x.clone(),))
+    try:
+        out = functional_call(module, zeros, (x.clone(),))
+    except Exception:  # a foreign module that does not run alone, or without weights, is none
+        return False
     return any(torch.allclose(out, expected, atol=1e-6) for expected in (x, x.relu()))
 
 
@@ -203,7 +206,11 @@ def _reasons(
     firsts = {stages[name]: name for name in reversed(list(stages))}
     ends = _stem_and_head([name for name in units if name in calls], residual)
 
+    whole = kept_whole(model)
+
     def reason(name: str) -> str:
+        if name not in calls and any(f"{name}.".startswith(f"{part}.") for part in whole):
+            return "lies in a part that the model keeps whole"
         if trouble := ends.get(name) or _call_trouble(calls.get(name)):
             return trouble
         if name not in residual:
@@ -253,8 +260,8 @@ def _failure(model: nn.Module, names: list[str], example_input: Tensor) -> str:
     """The error of the model with these blocks removed; empty when it runs. Model unchanged."""
     modules = {name: model.get_submodule(name) for name in names}
     try:
-        remove_blocks(model, names)(example_input.clone())
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        forward_of(remove_blocks(model, names))(example_input.clone())
+    except Exception as error:  # any failure of a foreign model is this block's reason
         return f"{type(error).__name__}: {error}"
     finally:
         for name, module in modules.items():

@@ -1,8 +1,9 @@
 """Finds the channels of a model that must be removed together, and proves that they can be.
 
-torch-pruning's dependency graph says which tensors follow which channels; this is the only module
-that imports it. Every group is then proven: the pruned model must equal the dense one with the
-removed channels masked.
+channel_flow.py says which channels meet where; here they become groups. Every group is then
+proven: the pruned model must equal the dense one with the removed channels masked. This is the
+only module that imports torch-pruning, for its functions that cut channels out of a layer; its
+dependency graph fails on shuffles, splits, shared heads and windows (METHODS, section 8).
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from .finetune import BATCH_NORMS
+from .channel_flow import follow_channels
+from .flow import Flow, Port
+from .labels import NONE
 from .models.resnet_cifar import ZeroPadShortcut
-from .surgery import PRODUCERS, ChannelGroup, Edit, PruningPlan, Recipe, apply, num_outputs
+from .proof import provable
+from .surgery import PRODUCERS, ChannelGroup, Edit, PruningPlan
+from .trace import kept_whole
 
 
 def _import_torch_pruning() -> Any:
@@ -35,9 +45,7 @@ def _import_torch_pruning() -> Any:
 
 tp = _import_torch_pruning()
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
-PROOF_TOLERANCE = 1e-3  # of the largest output; float32 noise is below 1e-5
-MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm)  # a masked channel still counts in their statistics
+Classes = NDArray[np.int64]
 
 
 def plan_pruning(model: nn.Module, example_input: Tensor, *, scope: str = "all") -> PruningPlan:
@@ -52,16 +60,177 @@ def plan_pruning(model: nn.Module, example_input: Tensor, *, scope: str = "all")
         scope: `all`, or `internal` for groups that do not cross a residual add.
 
     Raises:
-        ValueError: If the model cannot be traced by autograd.
+        ValueError: If the model does not run on the example.
     """
-    groups, excluded = _trace_groups(model, example_input)
+    traced = copy.deepcopy(model).eval()
+    try:
+        flow = follow_channels(traced, example_input[:1])
+    except Exception as error:  # whatever a foreign model raises
+        raise ValueError(
+            "the model must run on one image to find its channels: it stopped with "
+            f"{type(error).__name__}: {error}. Search over blocks only (space.criteria: [])."
+        ) from error
+    groups, excluded = _Coupling(traced, flow).groups()
     if scope == "internal":
         for group in groups:
             if not group.internal:
                 excluded[group.name] = "crosses a residual add (space.keep.scope = all admits it)"
         groups = [group for group in groups if group.internal]
-    groups, broken = _provable(model, groups, example_input)
+    groups, broken = provable(traced, groups, example_input[:2])
     return PruningPlan(tuple(groups), {**excluded, **broken})
+
+
+# --- from what was seen to groups ------------------------------------------------------------
+
+
+class _Coupling:
+    """The channels of one flow as classes: labels that must be removed together.
+
+    Args:
+        model: The model that was followed.
+        flow: What was seen.
+    """
+
+    def __init__(self, model: nn.Module, flow: Flow) -> None:
+        self._modules = dict(model.named_modules())
+        self._flow = flow
+        self._whole = kept_whole(model)
+        pairs = torch.cat([*flow.pairs, torch.zeros(2, 0, dtype=torch.long)], 1).numpy()
+        size = max(1, flow.num_labels)
+        matrix = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(size, size))
+        self._num_classes, self._classes = connected_components(matrix, directed=False)
+        self._lost = [(self._of(labels), reason) for labels, reason in flow.lost]
+        self._divisions = [(self._of(d.labels), d.parts, d.reason) for d in flow.divisions]
+        self._added = np.zeros(self._num_classes, dtype=bool)
+        for labels in flow.added:
+            self._added[self._of(labels)] = True
+        self._ports = {port: self._of(labels) for port, labels in flow.ports.items()}
+        self._ports |= dict(self._bare_ports())
+        self._reasons: dict[int, str] = {}
+        for classes, reason in self._lost:
+            for index in np.unique(classes):
+                self._reasons.setdefault(int(index), reason)
+        self._where = np.repeat(
+            np.arange(len(self._ports)), np.array([*map(len, self._ports.values())], dtype=int)
+        )
+        self._local = np.concatenate([np.arange(len(c)) for c in self._ports.values()] or [[]])
+        self._met = np.concatenate([*self._ports.values()] or [np.zeros(0, np.int64)])
+
+    def groups(self) -> tuple[list[ChannelGroup], dict[str, str]]:
+        """Every group in module order, and why the other layers have none."""
+        levels = sorted(set(self._flow.pixels.values()), reverse=True)
+        groups: list[ChannelGroup] = []
+        excluded: dict[str, str] = {}
+        seen: set[str] = set()
+        for name, module in self._modules.items():
+            if not isinstance(module, PRODUCERS) or name in seen:
+                continue
+            if name not in self._flow.made:
+                excluded[name] = "does not reach the model's output in a forward pass"
+                continue
+            group, trouble = self._group(name)
+            seen.update(group.layers)
+            if trouble:
+                excluded[name] = trouble
+            else:
+                stage = f"stage{levels.index(self._flow.pixels[name]) + 1}"
+                groups.append(replace(group, stage=stage))
+        return groups, excluded
+
+    def _of(self, labels: Tensor) -> Classes:
+        """The class of each label; NONE stays."""
+        numbers = labels.numpy()
+        return np.where(numbers == NONE, NONE, self._classes[numbers]).astype(np.int64)
+
+    def _bare_ports(self) -> list[tuple[Port, Classes]]:
+        """The dimension of each bare tensor along which it follows channels of layers."""
+        of_layers = np.zeros(self._num_classes, dtype=bool)
+        for classes in self._ports.values():
+            of_layers[classes[classes != NONE]] = True
+        ports = []
+        for name, labels in self._flow.bare.items():
+            classes = self._classes[labels.numpy()]
+            if not of_layers[classes].any():
+                continue
+            dims = [d for d in range(classes.ndim) if classes.shape[d] > 1]
+            rows = {d: np.moveaxis(classes, d, 0).reshape(classes.shape[d], -1) for d in dims}
+            dim = next((d for d in dims if (rows[d] == rows[d][:, :1]).all()), None)
+            if dim is None:
+                self._lost.append((classes.ravel(), f"is tied to {name} at every position alike"))
+            else:
+                ports.append((Port(name, "tensor", dim), rows[dim][:, 0]))
+        return ports
+
+    def _group(self, name: str) -> tuple[ChannelGroup, str]:
+        """The group of one layer's output channels, and why it cannot be pruned (or nothing)."""
+        own = self._of(self._flow.made[name])
+        roots = np.full(self._num_classes + 1, NONE)  # the last one for NONE itself
+        roots[own] = np.arange(len(own))
+        edits = self._edits(roots)
+        layers = tuple(dict.fromkeys(edit.target for edit in edits if edit.produces))
+        parts, trouble = self._parts(roots, len(own))
+        trouble = next((self._reasons[c] for c in own if c in self._reasons), trouble)
+        whole = next((part for part in self._whole if any(_inside(n, part) for n in layers)), None)
+        if whole is not None:
+            trouble = f"lies in {whole}, which the model keeps whole"
+        if len(np.unique(own)) < len(own):
+            trouble = trouble or "couples its own channels with each other"
+        if not trouble and len(own) % parts:
+            trouble = f"its {len(own)} channels do not divide into the {parts} parts they must"
+        if not trouble and len(own) == parts:
+            trouble = "has no channel to spare: one in each part that must stay"
+        internal = not self._added[own].any()
+        return ChannelGroup(name, len(own), layers, bool(internal), parts, "", edits), trouble
+
+    def _edits(self, roots: Classes) -> tuple[Edit, ...]:
+        met = roots[self._met]
+        hits = np.flatnonzero(met != NONE)
+        ports = list(self._ports)
+        edits = []
+        for index in np.unique(self._where[hits]):
+            here = hits[self._where[hits] == index]
+            port = ports[index]
+            module = self._modules.get(port.target)
+            edits.append(
+                Edit(
+                    target=port.target,
+                    prune=_pruning_function(module, port.side),
+                    dim=port.dim,
+                    produces=port.side == "out" and isinstance(module, PRODUCERS),
+                    local=torch.as_tensor(self._local[here], dtype=torch.long),
+                    root=torch.as_tensor(met[here], dtype=torch.long),
+                )
+            )
+        places = {target: place for place, target in enumerate([*self._modules, *self._flow.bare])}
+        return tuple(sorted(edits, key=lambda edit: places[edit.target]))
+
+    def _parts(self, roots: Classes, size: int) -> tuple[int, str]:
+        """Into how many equal parts the channels must divide, and what forbids any part."""
+        parts, trouble = 1, ""
+        for classes, pieces, reason in self._divisions:
+            here = roots[classes]
+            if (here == NONE).all():
+                continue
+            if len(here) == size and (here == np.arange(size)).all():
+                parts = math.lcm(parts, pieces)
+            else:
+                trouble = reason
+        return parts, trouble
+
+
+def _pruning_function(module: nn.Module | None, side: str) -> Callable[[Any, Sequence[int]], Any]:
+    """torch-pruning's function that removes channels on one side of a layer."""
+    pruner: Any
+    if isinstance(module, ZeroPadShortcut):
+        pruner = _ZERO_PAD
+    elif module is None or side == "tensor":
+        pruner = tp.pruner.function.PrunerBox[tp.ops.OPTYPE.PARAMETER]
+    else:
+        pruner = tp.pruner.function.PrunerBox[tp.ops.module2type(module)]
+    function: Callable[[Any, Sequence[int]], Any] = (
+        pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
+    )
+    return function
 
 
 class _ZeroPadPruner(tp.BasePruningFunc):  # type: ignore[misc, name-defined]
@@ -86,6 +255,9 @@ class _ZeroPadPruner(tp.BasePruningFunc):  # type: ignore[misc, name-defined]
         return layer.in_channels
 
 
+_ZERO_PAD = _ZeroPadPruner()
+
+
 def _rewire(
     ends: Tensor, others: Tensor, removed: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
@@ -96,263 +268,5 @@ def _rewire(
     return (stays.cumsum(0) - 1)[ends[wires]], others[wires]
 
 
-def _trace_groups(
-    model: nn.Module, example_input: Tensor
-) -> tuple[list[ChannelGroup], dict[str, str]]:
-    traced = copy.deepcopy(model).eval().requires_grad_(True)
-    example_input = example_input[:1]
-    spatial, outputs = _trace_shapes(traced, example_input)
-    graph = tp.DependencyGraph()
-    try:
-        with torch.enable_grad():
-            graph.build_dependency(
-                traced,
-                example_inputs=example_input,
-                unwrapped_parameters=[],
-                customized_pruners={ZeroPadShortcut: _ZeroPadPruner()},
-                ignored_layers=[],
-                verbose=False,
-            )
-    except (RuntimeError, IndexError, KeyError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(
-            "the model must be traceable by autograd to prune channels: torch-pruning stopped "
-            f"with {type(error).__name__}: {error}. Search over blocks only (space.criteria: [])."
-        ) from error
-    names = {module: name for name, module in traced.named_modules()}
-    names.update({parameter: name for name, parameter in traced.named_parameters()})
-    levels = sorted({size for size in spatial.values()}, reverse=True)
-    groups: list[ChannelGroup] = []
-    excluded: dict[str, str] = {}
-    seen: set[str] = set()
-    for name, module in traced.named_modules():
-        if not isinstance(module, PRODUCERS) or name in seen:
-            continue
-        if name not in spatial or module not in graph.module2node:
-            excluded[name] = "does not reach the model's output in a forward pass"
-            continue
-        group, trouble = _read_group(graph, names, name, module)
-        seen.update(group.layers)
-        if outputs & set(group.layers):
-            excluded[name] = "makes the model's output"
-        elif trouble:
-            excluded[name] = trouble
-        else:
-            stage = f"stage{levels.index(spatial[name]) + 1}"
-            groups.append(
-                ChannelGroup(
-                    name,
-                    group.num_channels,
-                    group.layers,
-                    group.internal,
-                    group.parts,
-                    stage,
-                    group.edits,
-                )
-            )
-    return groups, excluded
-
-
-def _read_group(
-    graph: Any, names: Mapping[Any, str], name: str, module: nn.Module
-) -> tuple[ChannelGroup, str]:
-    """The group of one layer's output channels, and why it cannot be pruned (or nothing)."""
-    num_channels = num_outputs(module)
-    prune_out = graph.get_pruner_of_module(module).prune_out_channels
-    edits = []
-    parts, crosses_add, trouble = 1, False, ""
-    for item in graph.get_pruning_group(module, prune_out, list(range(num_channels))):
-        target = item.dep.target.module
-        crosses_add |= str(getattr(target, "_grad_fn", "")).startswith("AddBackward")
-        if target not in names or not _holds_channels(target):
-            continue  # an activation, a reshape, a split: nothing to edit
-        is_output = graph.is_out_channel_pruning_fn(item.dep.handler)
-        edits.append(
-            Edit(
-                target=names[target],
-                prune=item.dep.handler,
-                dim=item.dep.target.pruning_dim,
-                produces=isinstance(target, PRODUCERS) and is_output,
-                local=torch.as_tensor(item.idxs, dtype=torch.long),
-                root=torch.as_tensor(item.root_idxs, dtype=torch.long),
-            )
-        )
-        divisions = _divisions(target)
-        parts = math.lcm(parts, divisions)
-        if divisions > 1 and len(item.idxs) != _num_channels(target, is_output):
-            trouble = f"shares {names[target]}, which divides its channels, with other layers"
-    places = {target: index for index, target in enumerate(names.values())}
-    edits.sort(key=lambda edit: places[edit.target])  # the graph's own order varies
-    if num_channels % parts:
-        trouble = f"its {num_channels} channels do not divide into the {parts} parts they must"
-    layers = tuple(dict.fromkeys(edit.target for edit in edits if edit.produces))
-    group = ChannelGroup(name, num_channels, layers, not crosses_add, parts, "", tuple(edits))
-    return group, trouble
-
-
-def _num_channels(target: nn.Module | nn.Parameter, is_output: bool) -> Any:
-    """All channels on one side of a grouped convolution or group norm."""
-    if isinstance(target, nn.GroupNorm):
-        return target.num_channels
-    return getattr(target, "out_channels" if is_output else "in_channels")
-
-
-def _divisions(target: nn.Module | nn.Parameter) -> int:
-    """In how many parts a layer divides its channels (a depthwise convolution: none)."""
-    if isinstance(target, CONVOLUTIONS):
-        return target.groups if target.groups < target.out_channels else 1
-    if isinstance(target, nn.GroupNorm):
-        return target.num_groups
-    return 1
-
-
-def _holds_channels(target: nn.Module | nn.Parameter) -> bool:
-    if isinstance(target, nn.Parameter | ZeroPadShortcut):
-        return True
-    tensors = [*target.parameters(recurse=False), *target.buffers(recurse=False)]
-    return bool(tensors) or isinstance(target, BATCH_NORMS)
-
-
-def _trace_shapes(model: nn.Module, example_input: Tensor) -> tuple[dict[str, int], set[str]]:
-    """Pixels of each layer's output, and the layers whose output is the model's own."""
-    spatial: dict[str, int] = {}
-    order: list[str] = []
-    made: dict[int, str] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                spatial[name] = _num_pixels(module, output)
-                order.append(name)
-                made[id(output)] = name
-                keep.append(output)
-
-        return record
-
-    keep: list[Tensor] = []  # so that no id is used twice
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, PRODUCERS)
-    ]
-    try:
-        with torch.no_grad():
-            result = model(example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs = {made[id(t)] for t in _tensors(result) if id(t) in made}
-    return spatial, outputs or set(order[-1:])
-
-
-def _num_pixels(module: nn.Module, output: Tensor) -> int:
-    if isinstance(module, nn.Linear):  # channels last
-        return output.shape[1:-1].numel()
-    return output.shape[2:].numel()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _provable(
-    model: nn.Module, groups: Sequence[ChannelGroup], example_input: Tensor
-) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Proves all groups at once; if that fails, each one alone and then the good ones together."""
-    example_input = example_input[:2]
-    with torch.no_grad():
-        dense = copy.deepcopy(model).eval()(example_input)
-    if _failure(model, groups, example_input, dense) is None:
-        return list(groups), {}
-    good, broken = [], {}
-    for group in groups:
-        reason = _failure(model, [group], example_input, dense)
-        if reason is None:
-            good.append(group)
-        else:
-            broken[group.name] = reason
-    reason = _failure(model, good, example_input, dense)
-    if reason is not None:
-        return [], {**broken, **{g.name: f"together with others, {reason}" for g in good}}
-    return good, broken
-
-
-def _failure(
-    model: nn.Module, groups: Sequence[ChannelGroup], example_input: Tensor, dense: Any
-) -> str | None:
-    """Removes every third channel (scattered, an odd width); why that is wrong, or None."""
-    kept = {}
-    for group in groups:
-        size = group.num_channels // group.parts
-        columns = [i for i in range(size) if i % 3 != 1]
-        kept[group.name] = tuple(p * size + i for p in range(group.parts) for i in columns)
-    recipe = Recipe((), kept)
-    try:
-        plan = PruningPlan(tuple(groups), {})
-        with torch.no_grad():
-            pruned = list(
-                _tensors(apply(copy.deepcopy(model).eval(), plan, recipe)(example_input))
-            )
-            masked_model = _masked(copy.deepcopy(model).eval(), groups, recipe)
-            masked = list(_tensors(masked_model(example_input)))
-    except Exception as error:  # any failure of a foreign model is this group's reason
-        return f"the model breaks without channels of it: {type(error).__name__}: {error}"
-    if [t.shape for t in pruned] != [t.shape for t in _tensors(dense)]:
-        return "the model's output changes its shape without channels of it"
-    if any(_mixes(model, group) for group in groups):
-        return None  # masking is not the same there, and need not be
-    for one, other in zip(pruned, masked, strict=True):
-        scale = float(other.abs().max()) + 1e-12
-        if float((one - other).abs().max()) > PROOF_TOLERANCE * scale:
-            return "removing channels of it is not the same as masking them"
-    return None
-
-
-def _masked(model: nn.Module, groups: Sequence[ChannelGroup], recipe: Recipe) -> nn.Module:
-    """The dense model whose layers take nothing from the removed channels, in place."""
-    for group in groups:
-        removed = torch.ones(group.num_channels, dtype=torch.bool)
-        removed[list(recipe.kept[group.name])] = False
-        for edit in group.edits:
-            layer = dict(model.named_modules()).get(edit.target)
-            if isinstance(layer, ZeroPadShortcut):
-                _cut_wires(layer, edit, removed)
-            elif isinstance(layer, PRODUCERS) and not edit.produces:
-                _ignore_inputs(layer, edit.local[removed[edit.root]])
-    return model
-
-
-def _ignore_inputs(layer: nn.Module, indices: Tensor) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    parts = _divisions(layer) if isinstance(layer, CONVOLUTIONS) else 1
-    if isinstance(layer, nn.ConvTranspose2d):
-        weight.data[indices] = 0
-        return
-    for part in range(parts):
-        rows = slice(part * len(weight) // parts, (part + 1) * len(weight) // parts)
-        inside = indices[indices // weight.shape[1] == part] if parts > 1 else indices
-        weight.data[rows, inside % weight.shape[1]] = 0
-
-
-def _cut_wires(layer: ZeroPadShortcut, edit: Edit, removed: Tensor) -> None:
-    """Only the input side: its outputs are masked where they are taken in."""
-    if edit.prune.__name__ != "prune_in_channels":
-        return
-    stays = ~torch.isin(layer.src, edit.local[removed[edit.root]].to(layer.src))
-    layer.src, layer.dst = layer.src[stays], layer.dst[stays]
-
-
-def _mixes(model: nn.Module, group: ChannelGroup) -> bool:
-    """Whether a norm over the channels, or a bare parameter, follows them."""
-    modules = dict(model.named_modules())
-    return any(
-        edit.target not in modules or isinstance(modules[edit.target], MIXING_NORMS)
-        for edit in group.edits
-    )
+def _inside(target: str, part: str) -> bool:
+    return target == part or target.startswith(f"{part}.")

@@ -73,6 +73,8 @@ class LayerCosts:
         param_rows = {name: row for row, name in enumerate(params)}
         for column, group in enumerate(plan.groups):
             for edit in group.edits:
+                if edit.target not in modules and edit.target not in params:
+                    continue  # a buffer: it costs nothing
                 share = len(edit.local) / _dimension(edit, modules, params)
                 dim = 1 if _of_inputs(edit) else 0
                 if edit.target in rows:

@@ -73,9 +73,22 @@ def _check(field: str, value: Any, expected: Any) -> None:
     elif expected is bool:
         if not isinstance(value, bool):
             raise ValueError(f"`{field}` (={value!r}) must be true or false. Write one of them.")
-    else:
-        assert expected == Sequence[int] | None, f"no check for {field}: {expected}"
+    elif expected == Sequence[int] | None:
         _check_indices(field, value)
+    else:
+        _check_plain(field, value, expected)
+
+
+def _check_plain(field: str, value: Any, expected: Any) -> None:
+    """The options of plug-ins may have plain types."""
+    kinds = {int: (int,), float: (int, float), str: (str,)}.get(expected)
+    if kinds is None:
+        raise ValueError(
+            f"`{field}` (={value!r}) must have a type that can be checked: it is annotated as "
+            f"{expected}. Use bool, int, float, str, Literal, or Annotated with Bounds."
+        )
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"`{field}` (={value!r}) must be of type {expected.__name__}. Change it.")
 
 
 def _check_number(field: str, value: Any, kind: type, bounds: Bounds) -> None:

@@ -77,12 +77,16 @@ def slice_channels(model: nn.Module, target: str, sides: Sequence[Side]) -> None
             _cut_weighted(item, side)
     elif type(item) in BATCH_NORMS and len(sides) == 1:
         _cut_batch_norm(item, sides[0].removed)
+    elif isinstance(item, nn.LayerNorm) and len(sides) == 1:
+        _cut_layer_norm(item, sides[0].removed)
+    elif isinstance(item, Tensor):
+        for side in sides:
+            stays = _stays(item.shape[side.dim], side.removed, item.device)
+            setattr(parent, leaf, item := _cut_bare(item, side.dim, stays))
     else:
         for side in sides:
             side.prune.__self__.pruning_dim = side.dim  # type: ignore[attr-defined]  # its protocol
-            result = side.prune(item, sorted(set(side.removed.tolist())))
-            if isinstance(item, nn.Parameter):
-                setattr(parent, leaf, result)
+            side.prune(item, sorted(set(side.removed.tolist())))
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
@@ -140,6 +144,24 @@ def _cut_batch_norm(norm: Any, removed: Tensor) -> None:
     if norm.affine:
         norm.weight = _cut(norm.weight, 0, stays)
         norm.bias = _cut(norm.bias, 0, stays)
+
+
+def _cut_layer_norm(norm: nn.LayerNorm, removed: Tensor) -> None:
+    """Over one dimension. torch-pruning's own function does not keep the order of the channels."""
+    (size,) = norm.normalized_shape
+    device = norm.weight.device if norm.weight is not None else removed.device
+    stays = _stays(size, removed, device)
+    norm.normalized_shape = (len(stays),)
+    for key in ("weight", "bias"):
+        if (value := getattr(norm, key)) is not None:
+            setattr(norm, key, _cut(value, 0, stays))
+
+
+def _cut_bare(tensor: Tensor, dim: int, stays: Tensor) -> Tensor:
+    """A parameter or buffer that lies in no layer."""
+    if isinstance(tensor, nn.Parameter):
+        return _cut(tensor, dim, stays)
+    return tensor.index_select(dim, stays)
 
 
 def _stays(size: int, removed: Tensor, device: torch.device) -> Tensor:

@@ -157,6 +157,12 @@ def group_scores(
     return total
 
 
+def whole_columns(group: ChannelGroup, columns: Iterable[int] | Tensor) -> tuple[int, ...]:
+    """The channels of a group that keeps these columns in each of its parts."""
+    size = group.num_channels // group.parts
+    return tuple(p * size + int(i) for p in range(group.parts) for i in columns)
+
+
 def apply(model: nn.Module, plan: PruningPlan, recipe: Recipe) -> nn.Module:
     """Removes what `recipe` names from `model`, in place, and returns it.
 

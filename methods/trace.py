@@ -1,8 +1,11 @@
-"""Runs a model once and records which module was called when, with what shapes."""
+"""Runs a model once and records which module was called when, with what shapes.
+
+What is run is the part of a model in which blocks and channels may go: `forward_of`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -54,12 +57,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def trace_calls(model: nn.Module, example_input: Tensor) -> dict[str, Call]:
+def forward_of(model: nn.Module) -> Callable[[Tensor], Any]:
+    """The forward pass in which blocks and channels are looked for, and proven to be removable.
+
+    It is the model's `prunable_forward(images)` where it has one, and else its own forward. One of
+    torchvision's detectors gets a forward here that ends before boxes are chosen: what is chosen
+    depends on the weights, and no two passes could be compared.
+    """
+    if hasattr(model, "prunable_forward"):
+        forward: Callable[[Tensor], Any] = model.prunable_forward
+        return forward
+    if any(kind.__module__.startswith(_DETECTION) for kind in type(model).__mro__):
+        return lambda images: _detect(model, images)
+    return model
+
+
+def kept_whole(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose layers lose no output channels, because the model says so."""
+    return tuple(getattr(model, "keep_whole", ()))
+
+
+def trace_calls(
+    model: nn.Module, example_input: Tensor, forward: Callable[[Tensor], Any] | None = None
+) -> dict[str, Call]:
     """Runs the model once and records the calls of its modules.
 
     Args:
         model: In eval mode.
         example_input: Images, [B, C, H, W].
+        forward: Runs the model; the model itself by default.
 
     Returns:
         Module name -> what was seen, in the order of the first calls. A module that is registered
@@ -89,5 +115,27 @@ def trace_calls(model: nn.Module, example_input: Tensor) -> dict[str, Call]:
         for name, module in model.named_modules():
             for handle in watch(name, module):
                 stack.callback(handle.remove)
-        model(example_input.clone())  # a model may overwrite its input
+        (forward or model)(example_input.clone())  # a model may overwrite its input
     return calls
+
+
+_DETECTION = "torchvision.models.detection."
+
+
+def _detect(model: Any, images: Tensor) -> list[Any]:
+    """What the heads of one of torchvision's detectors return, for boxes that never change."""
+    features = model.backbone(images)
+    named = features if isinstance(features, Mapping) else {"0": features}
+    if not hasattr(model, "rpn"):
+        return [model.head(list(named.values()))]
+    height, width = images.shape[-2:]
+    box = images.new_tensor([[0, 0, width / 2, height / 2], [width / 4, 0, width, height]])
+    heads = model.roi_heads
+    outputs: list[Any] = [model.rpn.head(list(named.values()))]
+    for kind in ("box", "mask", "keypoint"):
+        pool = getattr(heads, f"{kind}_roi_pool", None)
+        if pool is not None:
+            regions = pool(named, [box] * len(images), [(height, width)] * len(images))
+            regions = getattr(heads, f"{kind}_head")(regions)
+            outputs.append(getattr(heads, f"{kind}_predictor")(regions))
+    return outputs

@@ -236,6 +236,34 @@ def bench_peers_command(
     out.print(text, markup=False, highlight=False)
 
 
+@bench.command("zoo")
+def bench_zoo_command(
+    models: Annotated[
+        str | None, typer.Option(help="Comma-separated models; all by default.")
+    ] = None,
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="OUT.parquet keeps the rows, OUT.md the table.")
+    ] = Path("results/bench-zoo"),
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds of each model.")] = 300.0,
+    memory_gib: Annotated[float, typer.Option(min=1, help="Memory of each model.")] = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Remove blocks and channels from many architectures, each proven in its own process."""
+    from .bench.zoo import bench_zoo, zoo_table
+
+    chosen = None if models is None else [name.strip() for name in models.split(",")]
+    result = checked(
+        lambda: bench_zoo(
+            out_dir,
+            lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True),
+            models=chosen,
+            timeout_s=timeout_s,
+            memory_gib=memory_gib,
+        )
+    )
+    out.print_json(json.dumps(result)) if as_json else print_wide(zoo_table(result))
+
+
 def _numbers(
     option: str, text: str, low: int, high: int, example: str, *, none: bool = False
 ) -> list[int]:

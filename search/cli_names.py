@@ -8,11 +8,11 @@ from typing import Any
 
 import typer
 
-from .cli_common import EXIT_FAILED, AsJson, out
+from .cli_common import EXIT_FAILED, AsJson, complain, out
 
 
 def methods(as_json: AsJson = False) -> None:
-    """List criteria, selection rules, block orders and samplers."""
+    """List criteria, selection rules, block orders, samplers and tasks."""
     from .tables import known_methods, names_table
 
     _print_names(known_methods(), names_table, as_json)
@@ -57,4 +57,8 @@ def schema() -> None:
 def _print_names(
     names: dict[str, dict[str, str]], table: Callable[..., Any], as_json: bool
 ) -> None:
+    from .tables import plugin_troubles
+
+    for text in plugin_troubles():
+        complain(text)
     out.print_json(json.dumps(names)) if as_json else out.print(table(names))

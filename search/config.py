@@ -97,17 +97,20 @@ def check_names(
         ConfigError: With one line for every unknown name or option.
     """
     from ..methods.criteria import known_methods, validate_options
-    from ..methods.data import DATASETS
-    from ..methods.models import MODELS
-    from ..methods.tasks import TASKS
+    from ..methods.data import dataset_names
+    from ..methods.models.build import model_names
+    from ..methods.tasks import task_names
 
     source = Source("config") if path is None else read_source(path, overrides)
     mistakes = []
     if ":" not in config.model.name:
-        mistakes += _unknown(source, ("model", "name"), config.model.name, MODELS)
-    mistakes += _unknown(source, ("data", "name"), config.data.name.replace("-", "_"), DATASETS)
+        mistakes += _unknown(source, ("model", "name"), config.model.name, model_names())
+    name = config.data.name
+    if ":" not in name and name not in dataset_names():
+        wrong = name.replace("-", "_")
+        mistakes += _unknown(source, ("data", "name"), wrong, dataset_names())
     if config.task is not None and ":" not in config.task.name:
-        mistakes += _unknown(source, ("task",), config.task.name, TASKS)
+        mistakes += _unknown(source, ("task",), config.task.name, task_names())
     for index, criterion in enumerate(config.space.criteria):
         loc = ("space", "criteria", index)
         if criterion.name not in known_methods():

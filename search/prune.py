@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..methods.block_widths import inner_groups
 from ..methods.blockwise import prune_blockwise
-from ..methods.criteria import COMPARABLE, DRAWN, NEEDS, score_channels
+from ..methods.criteria import DRAWN, is_comparable, needs, score_channels
 from ..methods.k_for_macs import k_for_macs
 from ..methods.restrict import compose, restrict
 from ..methods.seeding import seeded
@@ -26,6 +26,7 @@ from ..methods.surgery import (
     group_norms,
     group_scores,
     prune,
+    whole_columns,
 )
 from ..methods.tasks.no_data import NoData
 from .cache import Made
@@ -88,7 +89,7 @@ def make_recipe(
         for group in groups
     }
     columns = _select(candidate, context, groups, parts, seed)
-    kept = {group.name: _channels(group, columns[group.name]) for group in groups}
+    kept = {group.name: whole_columns(group, columns[group.name]) for group in groups}
     return Recipe(candidate.dropped_blocks, kept), waited
 
 
@@ -159,7 +160,7 @@ def _select(
             for name, values in scores.items()
         }
     if rule == "global":
-        normalize = candidate.criterion not in COMPARABLE
+        normalize = not is_comparable(candidate.criterion)
         return select_global(scores, k, round_to=round_to, normalize=normalize)
 
     def cumulative(share: float) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ def _select(
     by_name = {group.name: group for group in groups}
 
     def recipe(share: float) -> Recipe:
-        kept = {name: _channels(by_name[name], c) for name, c in cumulative(share).items()}
+        kept = {name: whole_columns(by_name[name], c) for name, c in cumulative(share).items()}
         return Recipe(candidate.dropped_blocks, kept)
 
     image = context.task.example_input()
@@ -183,11 +184,6 @@ def _select(
 
 def _columns(group: ChannelGroup) -> int:
     return group.num_channels // group.parts
-
-
-def _channels(group: ChannelGroup, columns: Tensor) -> tuple[int, ...]:
-    size = _columns(group)
-    return tuple(p * size + int(i) for p in range(group.parts) for i in columns)
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -234,7 +230,7 @@ def _score(
 def _needed(criterion: str, context: TrialContext) -> Any:
     """What a criterion gets to see: a data-free one gets no data."""
     task = context.task
-    if NEEDS[criterion] != "nothing":
+    if needs(criterion) != "nothing":
         return task
     return NoData(task.example_input(1).shape[1:], task.num_classes, task.device)
 

@@ -6,12 +6,13 @@ import collections
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from ..methods.plugins import Kind
 from .early_stop import ladder_of, rank_correlations
 from .export import read_recipe
 from .metrics import dense_value, metrics_of, split
@@ -199,14 +200,16 @@ _NEEDED = {"nothing": "no data", "images": "images", "labels": "images and label
 
 
 def known_methods() -> dict[str, dict[str, str]]:
-    """Criteria, rules, block orders and samplers with a line each."""
+    """Criteria, rules, block orders, samplers and tasks with a line each."""
     from ..methods.criteria import CRITERIA, NEEDS, describe
     from ..methods.sparse_training import SPARSE_TRAINING
+    from ..methods.tasks import TASKS
 
     return {
         "criterion": {
             name: f"{describe(name)} Needs {_NEEDED[NEEDS[name]]}." for name in CRITERIA
         },
+        **_with_plugins("criteria", {*CRITERIA, *SPARSE_TRAINING}),
         "sparse training": {name: describe(name) for name in SPARSE_TRAINING},
         "select": {
             "ratio": "keep a fraction of each group's channels",
@@ -233,6 +236,8 @@ def known_methods() -> dict[str, dict[str, str]]:
             "gp": "Gaussian process; best for short searches of few dimensions",
             "random": "a control",
         },
+        "task": {name: _first_line(TASKS[name]) for name in TASKS},
+        **_with_plugins("tasks", TASKS),
     }
 
 
@@ -242,6 +247,7 @@ def known_models() -> dict[str, dict[str, str]]:
 
     return {
         "zoo": {name: _first_line(MODELS[name]) for name in MODELS},
+        **_with_plugins("models", MODELS),
         "others": {
             "torchvision:NAME": "any classifier of torchvision",
             "timm:NAME": "any model of timm (the extra `timm`)",
@@ -254,7 +260,37 @@ def known_datasets() -> dict[str, dict[str, str]]:
     """The data sets with a line each."""
     from ..methods.data import DATASETS
 
-    return {"data set": {name: entry.description for name, entry in DATASETS.items()}}
+    own = {name: entry.description for name, entry in DATASETS.items()}
+    others = {
+        "module:callable": "your own: a callable that returns a DatasetEntry; it is imported"
+    }
+    return {"data set": own, **_with_plugins("datasets", DATASETS), "others": others}
+
+
+def _with_plugins(kind: Kind, taken: Collection[str]) -> dict[str, dict[str, str]]:
+    """A section of the installed plug-ins of a kind; none where there are none."""
+    from ..methods.plugins import listed
+
+    lines, _ = listed(kind, taken)
+    return {f"plug-in {kind}": lines} if lines else {}
+
+
+def plugin_troubles() -> list[str]:
+    """What is wrong with installed plug-ins, a sentence each."""
+    from ..methods.criteria import CRITERIA
+    from ..methods.data import DATASETS
+    from ..methods.models import MODELS
+    from ..methods.plugins import listed
+    from ..methods.sparse_training import SPARSE_TRAINING
+    from ..methods.tasks import TASKS
+
+    own: dict[Kind, Collection[str]] = {
+        "models": MODELS,
+        "datasets": DATASETS,
+        "tasks": TASKS,
+        "criteria": {*CRITERIA, *SPARSE_TRAINING},
+    }
+    return [text for kind, taken in own.items() for text in listed(kind, taken)[1]]
 
 
 def check_tables(report: Mapping[str, Any]) -> Iterable[Any]:
@@ -284,12 +320,22 @@ def check_tables(report: Mapping[str, Any]) -> Iterable[Any]:
         layers = f"{len(group['layers'])} coupled" if len(group["layers"]) > 1 else "1"
         groups.add_row(group["name"], group["stage"], layers, str(group["channels"]), *widths)
     yield groups
-    for name, reason in report["excluded"].items():
-        yield f"not prunable: {name}: {reason}"
+    yield from _left_alone(report["excluded"])
     for line in report["warnings"]:
         yield f"warning: {line}"
     low, high = report["macs_range"]
-    yield f"MACs from {low / 1e6:.2f} M to {high / 1e6:.2f} M; space: {report['space']}"
+    guess = "" if report["macs_range_exact"] else " (estimated with the L1 norms of the weights)"
+    yield (f"MACs from {low / 1e6:.2f} M to {high / 1e6:.2f} M{guess}; space: {report['space']}")
+
+
+def _left_alone(excluded: Mapping[str, str]) -> Iterable[str]:
+    """The layers whose output channels stay, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in excluded.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"not prunable: {', '.join(names[:3])}{more}: {reason}"
 
 
 _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")

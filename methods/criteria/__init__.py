@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layers import get_layer, num_channels
 from ..names import unknown_name
 from ..options import check_options
+from ..plugins import plugins
 from ..seeding import seeded
 from ..sparse_training import RUN_ARGUMENTS, SPARSE_TRAINING
 from .blockwipg import blockwipg
@@ -40,8 +41,11 @@ __all__ = [
     "NEEDS",
     "CalibrationTask",
     "DataFreeTask",
+    "criterion_names",
     "describe",
+    "is_comparable",
     "known_methods",
+    "needs",
     "score_channels",
     "validate_options",
 ]
@@ -107,32 +111,63 @@ def score_channels(
     Raises:
         ValueError: If the name, an option or a layer is unknown, or a score is not finite.
     """
-    if name not in CRITERIA:
-        raise ValueError(unknown_name("criterion", name, CRITERIA))
+    if name not in criterion_names():
+        raise ValueError(unknown_name("criterion", name, criterion_names()))
     validate_options(name, options or {})
     widths = {layer: num_channels(get_layer(model, layer)) for layer in layers}
     with seeded(seed):
         generator = torch.Generator().manual_seed(seed)
-        scores = CRITERIA[name](model, task, layers, generator=generator, **(options or {}))
-    assert list(scores) == list(widths), f"{name} must score every layer once, in order"
-    for layer, values in scores.items():
-        assert values.shape == (widths[layer],) and values.dtype == torch.float32, (
-            name,
-            layer,
+        scores: dict[str, Tensor] = _method(name)(
+            model, task, layers, generator=generator, **(options or {})
         )
+    _check_form(name, scores, widths)
+    for layer, values in scores.items():
         if not values.isfinite().all():
             raise ValueError(
                 f"`criterion` (={name!r}) must give finite scores: those of layer {layer!r} are "
                 f"not, because a weight, an output or a gradient of the model is infinite or "
                 f"NaN. Check the checkpoint and the data."
             )
-        assert values.min() >= 0, (name, layer)
     return scores
 
 
+def _check_form(name: str, scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    """What every criterion must return, a plug-in's too."""
+    if list(scores) != list(widths):
+        raise ValueError(
+            f"`criterion` (={name!r}) must score every layer once, in order: it scored "
+            f"{len(scores)} of {len(widths)}. Correct the criterion."
+        )
+    for layer, values in scores.items():
+        form = (values.dtype, tuple(values.shape), values.device.type)
+        if form != (torch.float32, (widths[layer],), "cpu") or bool((values < 0).any()):
+            raise ValueError(
+                f"`criterion` (={name!r}) must give float32 scores >= 0 on the CPU, "
+                f"[{widths[layer]}] for layer {layer!r}: it gave {values.dtype} "
+                f"{list(values.shape)} on {values.device}. Correct the criterion."
+            )
+
+
 def known_methods() -> tuple[str, ...]:
-    """Names of all methods that decide about channels: the criteria, then sparse training."""
-    return (*CRITERIA, *SPARSE_TRAINING)
+    """Names of all methods that decide about channels: criteria, sparse training, plug-ins."""
+    return (*_OWN, *plugins("criteria", _OWN))
+
+
+def criterion_names() -> tuple[str, ...]:
+    """Ours, and those of installed plug-ins."""
+    return (*CRITERIA, *plugins("criteria", _OWN))
+
+
+def needs(name: str) -> str:
+    """What a criterion reads: nothing, images or labels. A plug-in says it in `needs`."""
+    return NEEDS.get(name) or str(getattr(_method(name), "needs", "labels"))
+
+
+def is_comparable(name: str | None) -> bool:
+    """Whether its scores compare between layers. A plug-in says it in `comparable`."""
+    if name is None or name in _OWN:
+        return name in COMPARABLE
+    return bool(getattr(_method(name), "comparable", False))
 
 
 def validate_options(name: str, options: Mapping[str, Any]) -> None:
@@ -151,7 +186,13 @@ def describe(name: str) -> str:
 
 
 def _method(name: str) -> Callable[..., Any]:
-    methods = {**CRITERIA, **SPARSE_TRAINING}
-    if name not in methods:
-        raise ValueError(unknown_name("criterion", name, methods))
-    return methods[name]
+    if name in _OWN:
+        return _OWN[name]
+    offered = plugins("criteria", _OWN)
+    if name not in offered:
+        raise ValueError(unknown_name("criterion", name, known_methods()))
+    method: Callable[..., Any] = offered[name].load()
+    return method
+
+
+_OWN: dict[str, Callable[..., Any]] = {**CRITERIA, **SPARSE_TRAINING}

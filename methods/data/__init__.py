@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..names import unknown_name
+from ..plugins import plugins
+from ..user_code import import_callable
 from .cifar import read_cifar10, read_cifar100
 from .digits import read_digits
 from .entry import MAX_BYTES, Data, DatasetEntry, ImageSize, Request
@@ -13,6 +15,7 @@ from .fashion_mnist import read_fashion_mnist
 from .image_data import ImageData, Split
 from .image_folder import read_image_folder
 from .in_memory import load_in_memory
+from .own import own_images
 from .split import check_fractions
 
 __all__ = [
@@ -24,8 +27,11 @@ __all__ = [
     "ImageSize",
     "Request",
     "Split",
+    "dataset_names",
+    "find_dataset",
     "load_data",
     "normalise_name",
+    "own_images",
 ]
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -88,15 +94,55 @@ DATASETS: dict[str, DatasetEntry] = {
 
 
 def normalise_name(name: str) -> str:
-    """`fashion-mnist` and `fashion_mnist` are one name.
+    """`fashion-mnist` and `fashion_mnist` are one name; `module:callable` stays.
 
     Raises:
         ValueError: If no data set has the name.
     """
+    if ":" in name or name in plugins("datasets", DATASETS):
+        return name
     key = name.replace("-", "_")
     if key not in DATASETS:
-        raise ValueError(unknown_name("data.name", name, DATASETS))
+        raise ValueError(unknown_name("data.name", name, dataset_names()))
     return key
+
+
+def dataset_names() -> tuple[str, ...]:
+    """Ours, and those of installed plug-ins."""
+    return (*DATASETS, *plugins("datasets", DATASETS))
+
+
+def find_dataset(name: str) -> DatasetEntry:
+    """The entry of a data set: ours, a plug-in's, or what the user's `module:callable` returns.
+
+    Raises:
+        ValueError: If there is none of that name, or it is no `DatasetEntry`.
+    """
+    key = normalise_name(name)
+    if key in DATASETS:
+        return DATASETS[key]
+    if ":" in key:
+        found: object = import_callable(key, "data.name", "data set")
+    else:
+        found = plugins("datasets", DATASETS)[key].load()
+    entry = _called(name, found) if callable(found) else found
+    if not isinstance(entry, DatasetEntry):
+        raise ValueError(
+            f"`data.name` (={name}) must be a DatasetEntry, or a function without arguments that "
+            f"returns one: it is a {type(entry).__name__}. Return what "
+            "`prunesearch.methods.data.own_images` returns."
+        )
+    return entry
+
+
+def _called(name: str, function: Callable[[], object]) -> object:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:  # whatever a foreign function raises
+        raise ValueError(
+            f"`data.name` (={name}) must be callable without arguments: it stopped with "
+            f"{type(error).__name__}: {error}. Correct the function."
+        ) from error
 
 
 def load_data(
@@ -114,7 +160,7 @@ def load_data(
     A data set's own test split stays the test split; `split[0] : split[1]` then divides the rest.
 
     Args:
-        name: One of `DATASETS`.
+        name: One of `DATASETS`, of a plug-in, or `module:callable`.
         root: Folder with the files; by default where the data set's entry says.
         image_size: Height and width in pixels, or one number for both; by default the data set's
             own.
@@ -131,7 +177,7 @@ def load_data(
         ValueError: If an argument is wrong, or the files are missing or unreadable.
     """
     name = normalise_name(name)
-    entry = DATASETS[name]
+    entry = find_dataset(name)
     check_fractions(split)
     folder = None if root is None else Path(root).expanduser()
     size = _check_size(image_size, entry.image_size)

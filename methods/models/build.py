@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..names import unknown_name
+from ..plugins import plugins
 from ..user_code import import_callable
 from . import MODELS
 
@@ -36,7 +37,8 @@ def build_model(
     with `torch.manual_seed`.
 
     Args:
-        name: A zoo name (`MODELS`), `torchvision:NAME`, `timm:NAME`, or `package.module:callable`.
+        name: A zoo name (`MODELS`), one of a plug-in, `torchvision:NAME`, `timm:NAME`, or
+            `package.module:callable`.
         num_classes: Passed on when the callable takes it, unless `kwargs` has it.
         kwargs: Arguments of the callable.
         checkpoint: A .safetensors or weights-only .pt file with the model's state dict.
@@ -69,8 +71,13 @@ def build_model(
     return model.cpu().requires_grad_(True).eval()
 
 
+def model_names() -> tuple[str, ...]:
+    """The zoo, and the models of installed plug-ins."""
+    return (*MODELS, *plugins("models", MODELS))
+
+
 def is_known_source(name: str) -> bool:
-    """Whether a name means a model of the zoo, torchvision or timm, and no code of others."""
+    """Whether a name means what is installed, and no code that only a recipe names."""
     source, colon, _ = name.partition(":")
     return not colon or source in SOURCES
 
@@ -146,9 +153,12 @@ def _find_builder(name: str) -> tuple[Builder, dict[str, Any]]:
     """The callable behind a name, and the arguments it gets unless the user sets them."""
     source, colon, rest = name.partition(":")
     if not colon:
+        offered = plugins("models", MODELS)
+        if name in offered:
+            return offered[name].load(), {}
         if name not in MODELS:
             forms = [
-                *MODELS,
+                *model_names(),
                 "torchvision:NAME",
                 "timm:NAME",
                 "package.module:callable",

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data import DATASETS, Data, normalise_name
+from ..data import Data, find_dataset
 from ..names import unknown_name
 from ..options import check_options
+from ..plugins import plugins
 from ..user_code import import_callable
 from .classification import ClassificationTask, SplitName
 from .meter import Meter
@@ -30,6 +31,7 @@ __all__ = [
     "TaskBuilder",
     "find_task",
     "make_task",
+    "task_names",
     "task_of",
 ]
 
@@ -145,20 +147,29 @@ def task_of(dataset: str) -> str:
     Raises:
         ValueError: If there is no such data set.
     """
-    return DATASETS[normalise_name(dataset)].task
+    return find_dataset(dataset).task
+
+
+def task_names() -> tuple[str, ...]:
+    """Ours, and those of installed plug-ins."""
+    return (*TASKS, *plugins("tasks", TASKS))
 
 
 def find_task(name: str) -> TaskBuilder:
-    """The class of a task, or the user's `module:callable`.
+    """The class of a task: ours, a plug-in's, or the user's `module:callable`.
 
     Raises:
         ValueError: If there is none of that name.
     """
     if ":" in name:
         return import_callable(name, "task", "task")
-    if name not in TASKS:
-        raise ValueError(unknown_name("task", name, [*TASKS, "package.module:callable"]))
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    offered = plugins("tasks", TASKS)
+    if name not in offered:
+        raise ValueError(unknown_name("task", name, [*task_names(), "package.module:callable"]))
+    build: TaskBuilder = offered[name].load()
+    return build
 
 
 def make_task(
