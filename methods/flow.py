@@ -121,7 +121,7 @@ class Labelled(TorchFunctionMode):
         """These tensors' channels cannot be removed."""
         for tensor in given:
             if self.has(tensor):
-                labels = self.labels[tensor].unique()
+                labels = torch.unique(self.labels[tensor])
                 self.flow.lost.append((labels[labels != NONE], reason))
 
     def couple(self, one: Tensor, other: Tensor) -> None:

@@ -87,7 +87,7 @@ class Moves(Labelled):
         vector = along(labels, dim)
         reason = f"is split or shuffled by position with channels of other layers in {self.where}"
         if vector is None:
-            self.flow.lost.append((labels[labels != NONE].unique(), reason))
+            self.flow.lost.append((labels[labels != NONE], reason))
         else:
             self.flow.divisions.append(Division(vector, parts, reason))
 

@@ -113,8 +113,9 @@ class _Coupling:
         self._where = np.repeat(
             np.arange(len(self._ports)), np.array([*map(len, self._ports.values())], dtype=int)
         )
-        self._local = np.concatenate([np.arange(len(c)) for c in self._ports.values()] or [[]])
-        self._met = np.concatenate([*self._ports.values()] or [np.zeros(0, np.int64)])
+        none = np.zeros(0, np.int64)
+        self._local = np.concatenate([none, *(np.arange(len(c)) for c in self._ports.values())])
+        self._met = np.concatenate([none, *self._ports.values()])
 
     def groups(self) -> tuple[list[ChannelGroup], dict[str, str]]:
         """Every group in module order, and why the other layers have none."""

@@ -58,7 +58,7 @@ def overlay(one: Tensor, other: Tensor, shape: Sequence[int]) -> tuple[Tensor, T
         if one.stride(dim) == other.stride(dim) == 0 and one.shape[dim] > 1:
             one, other = one.narrow(dim, 0, 1), other.narrow(dim, 0, 1)
     both = (one != NONE) & (other != NONE)
-    codes = ((one[both] << _SHIFT) | other[both]).unique()
+    codes = torch.unique((one[both] << _SHIFT) | other[both])
     pairs = torch.stack([codes >> _SHIFT, codes & (2**_SHIFT - 1)])
     return torch.where(one != NONE, one, other).expand(tuple(shape)), pairs
 

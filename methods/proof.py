@@ -100,9 +100,9 @@ def masked(model: nn.Module, groups: Sequence[ChannelGroup], recipe: Recipe) -> 
                 spared.setdefault(edit.target, []).append(gone)
             elif isinstance(layer, PRODUCERS) and not edit.produces:
                 _ignore_inputs(layer, gone)
-    for name, gone in spared.items():
+    for name, parts in spared.items():
         norm = modules[name]
-        vars(norm)["forward"] = _left_out(norm.forward, torch.cat(gone))
+        norm.forward = _left_out(norm.forward, torch.cat(parts))
     return model
 
 

@@ -64,9 +64,9 @@ def forward_of(model: nn.Module) -> Callable[[Tensor], Any]:
     torchvision's detectors gets a forward here that ends before boxes are chosen: what is chosen
     depends on the weights, and no two passes could be compared.
     """
-    if hasattr(model, "prunable_forward"):
-        forward: Callable[[Tensor], Any] = model.prunable_forward
-        return forward
+    own: Callable[[Tensor], Any] | None = getattr(model, "prunable_forward", None)
+    if own is not None:
+        return own
     if any(kind.__module__.startswith(_DETECTION) for kind in type(model).__mro__):
         return lambda images: _detect(model, images)
     return model

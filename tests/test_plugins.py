@@ -60,7 +60,8 @@ def test_the_template_is_listed_checked_and_searched(site: Path, tmp_path: Path)
     methods = json.loads(run(site, "methods", "--json").stdout)
     assert "largest absolute weight" in methods["plug-in criteria"]["largest_weight"]
     assert "balanced" in methods["plug-in tasks"]
-    assert "400 grey squares" in run(site, "datasets").stdout
+    datasets = json.loads(run(site, "datasets", "--json").stdout)
+    assert "400 grey squares" in datasets["plug-in datasets"]["squares"]
     config = str(site / "config.yaml")
     checked = run(site, "check", config, "--json")
     assert checked.returncode == 0, checked.stderr

@@ -61,7 +61,7 @@ def run_case(name: str, image_size: int, kwargs: dict[str, Any]) -> dict[str, An
     found, wanted = _outputs(pruned, images), _outputs(model, images)
     alive = plan.alive(recipe.dropped_blocks)
     kept = sum(len(recipe.kept[group.name]) for group in alive)
-    row = {
+    row: dict[str, Any] = {
         "num_params": count_params(model),
         "num_params_pruned": count_params(pruned),
         "macs": count_macs(_Traced(model), images),

@@ -29,5 +29,5 @@ def read_squares(root: Path | None) -> tuple[Tensor, Tensor, Sequence[str]]:
 
 
 def squares() -> DatasetEntry:
-    """The entry that the config's `data.name: squares` means."""
+    """400 grey squares of four kinds."""
     return own_images(read_squares, description="400 grey squares of four kinds", image_size=SIZE)
