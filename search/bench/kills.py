@@ -25,7 +25,6 @@ from ..runs import Run
 from .common import markdown_row
 from .session import ENDING, TARGETS, Session
 
-MEAN_PAUSE_S = 8.0  # between two kills; a driver needs longer until its first trial: some hit that
 MEASURED = tuple(name for name in METRICS if name not in ("latency_ms", "speedup"))
 
 
@@ -55,7 +54,7 @@ def bench_kills(
     *,
     kills: int,
     seed: int = 0,
-    pause_s: float = MEAN_PAUSE_S,
+    pause_s: float | None = None,
 ) -> dict[str, Any]:
     """Runs the search twice, once with kills; returns the counts and how the ledgers compare.
 
@@ -65,7 +64,8 @@ def bench_kills(
         progress: Where to report.
         kills: How many; fewer where the search is over before.
         seed: Of the moments and the targets.
-        pause_s: Mean seconds between two kills.
+        pause_s: Mean seconds between two kills; by default what the search in peace needed until
+            its first trial had ended, so that some hit a driver that starts, and some a search.
 
     Raises:
         ConfigError: If the folder is in use.
@@ -77,16 +77,19 @@ def bench_kills(
     path = out / "config.yaml"
     path.write_text(dump_config(_stubborn(config)))
     progress.say("the search in peace")
-    started = time.monotonic()
+    started = time.time()
     Session(path, out / "peace").finish()
-    peace_s = time.monotonic() - started
-    progress.say(f"the same with {kills} kills")
+    peace_s = time.time() - started
+    first = min(row.finished_at or started for row in Run(out / "peace").results())
+    pause_s = pause_s or first - started
+    progress.say(f"the same with {kills} kills, one in about {pause_s:.0f} s")
     report = _disturb(path, out / "kills", kills, random.Random(seed), pause_s, progress)
     compared = compare(Run(out / "peace"), Run(out / "kills"))
     return {
         "kills": {name: report.counts[name] for name in TARGETS},
         "sessions": report.sessions,
         "orphans": report.orphans,
+        "pause_s": pause_s,
         "peace_s": peace_s,
         "kills_s": report.seconds,
         "never_fell": report.hypervolumes == sorted(report.hypervolumes),
@@ -113,6 +116,7 @@ def kills_markdown(result: Mapping[str, Any], command: str) -> str:
     machine, kills = result["environment"], result["kills"]
     rows = [
         ("kills", ", ".join(f"{count} {name}" for name, count in kills.items())),
+        ("mean seconds between two", f"{result['pause_s']:.0f}"),
         ("times a driver was started", str(result["sessions"])),
         ("processes that outlived their driver by a minute", str(result["orphans"])),
         ("trials", f"{result['trials']}, of them {result['completed']} completed"),
