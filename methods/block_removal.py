@@ -96,7 +96,7 @@ def rank_blocks(
     oneshot: measure each block alone, once. exhaustive: the best of all subsets of each size.
     sequential: from the model's end. random: by `seed`. sr_init: give one block at a time the
     state of a newly initialised one; the smallest drop goes first (SR-init, arXiv:2303.07677).
-    attribution: least |gradient x activation| first (see `layer_attribution`).
+    attribution: least `|gradient x activation|` first (see `layer_attribution`).
     Of equal scores the block nearer to the model's end goes first.
 
     Args:
