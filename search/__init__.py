@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..methods.exported import load_pruned
     from .config import ConfigError, SearchConfig, load_config, parse_config
-    from .export import load_pruned
     from .runs import Run, resume, run
 
 __all__ = [
@@ -31,7 +31,7 @@ _HOMES = {
     "Run": "runs",
     "SearchConfig": "config",
     "load_config": "config",
-    "load_pruned": "export",
+    "load_pruned": ".methods.exported",
     "parse_config": "config",
     "resume": "runs",
     "run": "runs",

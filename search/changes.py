@@ -17,7 +17,9 @@ MEANING = (
     "model", "task", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
     "latency", "probes",
 )  # fmt: skip
-MOVABLE = (("data", "root"), ("model", "checkpoint"))  # what lies there is compared, not the path
+MOVABLE = (  # of the first two what lies there is compared, not the path; the last is only told
+    ("data", "root"), ("model", "checkpoint"), ("model", "licence"),
+)  # fmt: skip
 DERIVED = (BLOCKS, SENSITIVITY)  # made of the space; they are made anew, from the cache
 
 

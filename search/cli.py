@@ -34,7 +34,8 @@ from .cli_common import (
     out,
     print_wide,
 )
-from .cli_jobs import follow, job_server, remote_export, remote_front, remote_status, stop, submit
+from .cli_front import export, front, query
+from .cli_jobs import follow, job_server, remote_status, stop, submit
 from .cli_names import datasets, doctor, methods, models, schema
 from .yaml_source import ConfigError
 
@@ -172,36 +173,6 @@ def list_command(
 
 
 @app.command()
-def front(
-    run_dir: RunDir,
-    x: Annotated[str | None, typer.Option(help="Metric on the horizontal axis.")] = None,
-    y: Annotated[str | None, typer.Option(help="Metric on the vertical axis.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it.")] = None,
-    address: JobServer = None,
-    results: Results = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print the Pareto front with the dense baseline beside it."""
-    from .runs import Run
-    from .tables import front_rows, front_table
-
-    if (server := job_server(address, results)) is not None:
-        asked = {"--x": x, "--y": y}
-        return remote_front(run_dir, server, results, asked, plot, as_json)
-    run = Run(run_dir)
-    objectives = _axes(run.config, x, y)
-    if plot is not None:
-        run.plot(plot, x, y)
-        err.print(f"wrote {plot}", markup=False, highlight=False)
-    if as_json:
-        out.print_json(
-            json.dumps({"baseline": run.baseline, "front": front_rows(run, objectives)})
-        )
-    else:
-        print_wide(front_table(run, objectives))
-
-
-@app.command()
 def journal(run_dir: RunDir) -> None:
     """Write RUN_DIR/study.journal, which optuna-dashboard opens."""
     from .journal import write_journal
@@ -286,63 +257,14 @@ def sparse(
 
 
 @app.command()
-def export(
-    run_dir: RunDir,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.")],
-    trial: Annotated[str | None, typer.Option(metavar="ID", help="This front member.")] = None,
-    minimize: Annotated[
-        str | None, typer.Option("--min", metavar="METRIC", help="The member with the least.")
-    ] = None,
-    maximize: Annotated[
-        str | None, typer.Option("--max", metavar="METRIC", help="The member with the most.")
-    ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar='"METRIC<=NUMBER"', help="Only members that satisfy this."),
-    ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="safetensors: recipe and weights.")
-    ] = "safetensors",
-    address: JobServer = None,
-    results: Results = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a front member as a folder that `load_pruned` reads; test it once."""
-    from .runs import Run
-    from .tables import export_summary
-
-    if format_ != "safetensors":
-        raise ConfigError(
-            f"`--format` (={format_}) must be safetensors: the only one there is. Leave it out."
-        )
-    if (trial is not None) + (minimize is not None) + (maximize is not None) > 1:
-        raise ConfigError("`--trial`, `--min` and `--max` must not be combined. Choose one.")
-    if trial is not None and where:
-        raise ConfigError("`--where` must not be combined with `--trial`: it would be ignored.")
-    if (server := job_server(address, results)) is not None:
-        asked = {"--trial": trial, "--min": minimize, "--max": maximize, "--where": where}
-        summary = remote_export(run_dir, server, results, out_dir, asked)
-    else:
-        run = Run(run_dir)
-        import_user_code(run.config)
-        checked(lambda: run.export(
-            out_dir, trial=trial, minimize=minimize, maximize=maximize, where=where or ()
-        ))  # fmt: skip
-        summary = export_summary(out_dir)
-    if as_json:
-        out.print_json(json.dumps(summary))
-    else:
-        for name, value in summary.items():
-            out.print(f"{name:>18}  {value}", markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
 def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Show what can be removed, what cannot and why; run no trial."""
     _print_check(load(config, set_ or []), as_json)
 
 
-for _command in (submit, follow, stop, cache, methods, models, datasets, schema, doctor):
+for _command in (
+    front, export, query, submit, follow, stop, cache, methods, models, datasets, schema, doctor,
+):  # fmt: skip
     app.command()(_command)
 
 
@@ -405,25 +327,6 @@ def _print_check(config: SearchConfig, as_json: bool) -> None:
         return
     for part in check_tables(report):
         print_wide(part)
-
-
-def _axes(config: SearchConfig, x: str | None, y: str | None) -> dict[str, str] | None:
-    """The two asked metrics as objectives; None when neither is asked."""
-    from ..methods.names import nearest
-    from .metrics import direction_of, metrics_of
-    from .runs import axes
-
-    known = metrics_of(config.probes)
-    for option, metric in (("--x", x), ("--y", y)):
-        if metric is not None and metric not in known:
-            raise ConfigError(
-                f"`{option}` (={metric}) must be one of {', '.join(known)}. "
-                f"{nearest(metric, known)}".rstrip()
-            )
-    if x is None and y is None:
-        return None
-    x, y = axes(config.objectives, x, y)
-    return {y: direction_of(y), x: direction_of(x)}
 
 
 if __name__ == "__main__":

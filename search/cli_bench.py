@@ -264,6 +264,39 @@ def bench_zoo_command(
     out.print_json(json.dumps(result)) if as_json else print_wide(zoo_table(result))
 
 
+@bench.command("export")
+def bench_export_command(
+    models: Annotated[
+        str | None, typer.Option(help="Comma-separated models; all by default.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.md", help="Write the report too.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=10, help="Timed runs of each form.")] = 200,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and of the runtime.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Prune many architectures, export each in every form, prove and time them."""
+    from .bench.export import bench_export, export_markdown, export_table
+    from .runs import check_writable
+    from .store import atomic_write_bytes
+
+    if out_file is not None:
+        check_writable(out_file)
+    chosen = None if models is None else [name.strip() for name in models.split(",")]
+    result = checked(
+        lambda: bench_export(
+            chosen,
+            runs=runs,
+            threads=threads,
+            say=lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True),
+        )
+    )
+    if out_file is not None:
+        atomic_write_bytes(out_file, export_markdown(result).encode())
+    out.print_json(json.dumps(result)) if as_json else print_wide(export_table(result))
+
+
 def _numbers(
     option: str, text: str, low: int, high: int, example: str, *, none: bool = False
 ) -> list[int]:

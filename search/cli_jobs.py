@@ -173,7 +173,7 @@ def remote_front(
     name: str,
     address: str,
     results: str | None,
-    axes: Mapping[str, str | None],
+    asked: Mapping[str, Any],
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -181,7 +181,7 @@ def remote_front(
     from .runs import check_writable
     from .tables import result_of, table_of_front
 
-    options = _options(axes)
+    options = _options(asked)
     if plot is not None:
         check_writable(plot, "--plot")
         options += ["--plot", f"{{files}}/front{plot.suffix}"]
@@ -257,9 +257,12 @@ def _command(
 
 
 def _options(values: Mapping[str, Any]) -> list[str]:
-    """`{"--x": "macs"}` as arguments; None is left out, a list is repeated."""
-    given = {k: [v] if isinstance(v, str) else v or [] for k, v in values.items()}
-    return [f"{name}={value}" for name, items in given.items() for value in items]
+    """`{"--x": "macs"}` as arguments; None is left out, a list is repeated, True is a flag."""
+    flags = [name for name, value in values.items() if value is True]
+    given = {
+        k: [v] if isinstance(v, str) else v or [] for k, v in values.items() if k not in flags
+    }
+    return flags + [f"{name}={value}" for name, items in given.items() for value in items]
 
 
 def _ask(

@@ -272,6 +272,13 @@ class ModelConfig(_Section):
     checkpoint: str | None = Field(
         default=None, min_length=1, description="a .safetensors or .pt file"
     )
+    licence: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="the licence of these weights, for the model card of an export",
+        examples=["Apache-2.0"],
+    )
 
 
 class DataConfig(_Section):

@@ -83,7 +83,7 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
     config, model, task = problem.config, problem.model, problem.task
     stored = run_dir / DENSE_WEIGHTS
     if stored.exists() and (run_dir / BASELINE).exists():
-        _load(model, stored)
+        load_dense(model, stored)
         return Baseline.read(run_dir)
     source, seconds = _dense_weights(problem, say)
     model.eval()
@@ -147,7 +147,12 @@ def with_references(
 # --- its weights -----------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def load_dense(model: nn.Module, path: Path) -> None:
+    """Reads the run's dense weights into the model.
+
+    Raises:
+        ConfigError: If they are damaged or of another model.
+    """
     try:
         model.load_state_dict(load_file(path))
     except Exception as error:  # of a damaged file the library raises several kinds

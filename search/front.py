@@ -169,46 +169,86 @@ def choose(
     minimize: str | None = None,
     maximize: str | None = None,
     where: Sequence[str] = (),
+    knee: Mapping[str, str] | None = None,
 ) -> TrialResult:
-    """The best completed trial in one metric among those that satisfy `where`.
+    """The best completed trial among those that satisfy `where`.
 
     Args:
         results: The trials to choose from. Of equal ones the more accurate is taken.
         minimize: Metric of which less is wanted.
-        maximize: Metric of which more is wanted; exactly one of the two is given.
+        maximize: Metric of which more is wanted.
         where: Bounds such as `accuracy_drop <= 0.01`.
+        knee: Objectives of which the best compromise is wanted (`knee_sums`); exactly one of
+            minimize, maximize and knee is given.
 
     Raises:
         ConfigError: If a metric or a bound is malformed, or nothing satisfies the bounds; the
             message then says how close the closest trial came.
     """
-    metric = minimize or maximize
-    if metric is None or (minimize and maximize):
+    if sum(wish is not None for wish in (minimize, maximize, knee)) != 1:
         raise ConfigError(
-            f"`metric` (={minimize}, {maximize}) must be one: exactly one of minimize and maximize"
-            " is needed. Write for example --min latency_ms."
+            f"`metric` (={minimize}, {maximize}) must be one: exactly one of minimize, maximize"
+            " and knee is needed. Write for example --min latency_ms."
         )
+    metrics = [metric for metric in (minimize, maximize, *(knee or ())) if metric is not None]
     bounds = [_bound(text) for text in where]
     probes = probes_of(results)
-    for name in (metric, *(bound.metric for bound in bounds)):
+    for name in (*metrics, *(bound.metric for bound in bounds)):
         if results or not split(name)[1]:  # without results no probe is known
             _check_metric(name, probes)
-    measured = _measured(results, [metric, *(bound.metric for bound in bounds)])
+    measured = _measured(results, [*metrics, *(bound.metric for bound in bounds)])
     if not measured:
         raise ConfigError(
-            f"`{metric}` must have been measured by a completed trial: none of {len(results)}"
-            " was. Choose another metric or run more trials."
+            f"`{', '.join(metrics)}` must have been measured by a completed trial: none of"
+            f" {len(results)} was. Choose another metric or run more trials."
         )
     satisfying = [
-        r for r in measured if all(b.violation(_value(r, b.metric)) <= 0 for b in bounds)
+        index
+        for index, r in enumerate(measured)
+        if all(b.violation(_value(r, b.metric)) <= 0 for b in bounds)
     ]
     if not satisfying:
         raise ConfigError(_closest(measured, bounds))
-    sign = 1 if minimize else -1
-    return min(
-        satisfying,
-        key=lambda r: (sign * _value(r, metric), -(r.accuracy or 0.0), r.trial_id),
-    )
+    costs = _wanted(measured, metrics, "maximize" if maximize is not None else "minimize", knee)
+
+    def rank(index: int) -> tuple[float, float, str]:
+        result = measured[index]
+        return float(costs[index]), -(result.accuracy or 0.0), result.trial_id
+
+    return measured[min(satisfying, key=rank)]
+
+
+def knee_sums(points: npt.ArrayLike, maximize: Sequence[bool]) -> Array:
+    """How far each point is from a front's knee; the least is the knee.
+
+    Objectives are scaled to 0 (the front's best) to 1 (its worst) and summed: the least sum is
+    the point that bulges furthest from the plane through the extremes, as in Das 1999,
+    doi:10.1007/BF01195985.
+
+    Args:
+        points: [num_points, num_objectives], without NaN.
+        maximize: For each objective whether more is better.
+
+    Returns:
+        [num_points], each in 0..num_objectives.
+    """
+    costs = _costs(points, maximize)
+    low, high = costs.min(axis=0), costs.max(axis=0)
+    sums: Array = ((costs - low) / np.where(high > low, high - low, 1.0)).sum(axis=1)
+    return sums
+
+
+def _wanted(
+    measured: Sequence[TrialResult],
+    metrics: Sequence[str],
+    direction: str,
+    knee: Mapping[str, str] | None,
+) -> Array:
+    """What is least for the trial that is wanted, [num_measured]."""
+    if knee is not None:
+        return knee_sums(points_of(measured, knee), _maximize(knee))
+    wanted = {metrics[0]: direction}
+    return _costs(points_of(measured, wanted), _maximize(wanted))[:, 0]
 
 
 def _closest(measured: Sequence[TrialResult], bounds: Sequence[Constraint]) -> str:

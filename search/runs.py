@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from .choose import Wish
 from .config import (
     ConfigError,
     SearchConfig,
@@ -161,10 +162,36 @@ class Run:
         *,
         minimize: str | None = None,
         maximize: str | None = None,
+        knee: bool = False,
+        phrase: str | None = None,
         where: Sequence[str] = (),
+        objectives: Mapping[str, str] | None = None,
     ) -> TrialResult:
-        """The best front member for one metric among those that satisfy `where`."""
-        return choose(self.front_results(), minimize, maximize, where)
+        """One front member, asked for in exactly one of four ways.
+
+        Args:
+            minimize: Metric of which it has the least.
+            maximize: Metric of which it has the most.
+            knee: Whether it is the best compromise between the objectives.
+            phrase: Plain words, such as `fastest within 1 %` (search/choose.py).
+            where: Bounds that it satisfies, such as `accuracy_drop <= 0.01`.
+            objectives: Of the front; the run's own if None.
+
+        Raises:
+            ConfigError: If the wish is malformed, or no member is within the bounds.
+        """
+        wish = (
+            Wish.of(minimize=minimize, maximize=maximize, knee=knee, phrase=phrase, where=where)
+            or Wish()
+        )
+        objectives = objectives or self.config.objectives
+        return choose(
+            self.front_results(objectives),
+            wish.minimize,
+            wish.maximize,
+            wish.where,
+            objectives if wish.knee else None,
+        )
 
     def plot(
         self, path: str | Path | None = None, x: str | None = None, y: str | None = None
@@ -211,11 +238,32 @@ class Run:
         trial: str | None = None,
         minimize: str | None = None,
         maximize: str | None = None,
+        knee: bool = False,
+        phrase: str | None = None,
         where: Sequence[str] = (),
+        formats: Sequence[str] = ("safetensors",),
     ) -> Path:
-        """Writes one front member as a folder that `load_pruned` reads; returns the folder."""
-        from .export import export_member
+        """Writes one front member as a folder that `load_pruned` reads; returns the folder.
 
+        Args:
+            out: The new folder.
+            trial: The member; None chooses one.
+            minimize: As in `choose`, like the next four.
+            maximize: See there.
+            knee: See there.
+            phrase: See there.
+            where: See there.
+            formats: `safetensors` (always written), `pt2`, `onnx`; `load.py` loads the first.
+
+        Raises:
+            ConfigError: If the member or the folder is not to be had.
+            ExportError: If a form cannot be written or proven; nothing is left then.
+        """
+        from .dense import DENSE_WEIGHTS
+        from .export import export_member
+        from .portable import check_formats
+
+        formats = check_formats(formats)
         if trial is not None:
             member = next((r for r in self.results() if r.trial_id == trial), None)
             if member is None:
@@ -224,9 +272,12 @@ class Run:
                     "shows the exportable ones."
                 )
         else:
-            member = self.choose(minimize=minimize, maximize=maximize, where=where)
-        fetch(self.place, [name for name in (member.recipe, member.weights) if name])
-        return export_member(self, member, Path(out))
+            member = self.choose(
+                minimize=minimize, maximize=maximize, knee=knee, phrase=phrase, where=where
+            )
+        files = (member.recipe, member.weights, DENSE_WEIGHTS)
+        fetch(self.place, [name for name in files if name])
+        return export_member(self, member, Path(out), formats)
 
 
 def run(

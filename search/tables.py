@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
+from ..methods.exported import read_recipe
 from ..methods.plugins import Kind
 from .early_stop import ladder_of, rank_correlations
-from .export import read_recipe
+from .export import read_export
 from .metrics import dense_value, metrics_of, split
 from .records import Candidate, TrialResult
 from .runs import Run
@@ -172,18 +173,37 @@ def time_table(run: Run) -> Table:
 
 def export_summary(folder: Path) -> dict[str, str]:
     """What an export is, in a few lines."""
-    recipe = read_recipe(folder)
+    recipe, export = read_recipe(folder), read_export(folder)
     trial, baseline, test = recipe["trial"], recipe["baseline"], recipe["test"]
+    forms = {
+        name: _form(form) for name, form in export.get("forms", {}).items() if form["latency_ms"]
+    }
     return {
         "folder": str(folder),
         "trial": trial["trial_id"],
-        "test accuracy": f"{test['accuracy']:.4f}",
+        "test accuracy": _tested(test),
         "val accuracy": f"{trial['accuracy']:.4f} (dense {baseline['accuracy']:.4f})",
         "latency": f"{trial['latency_ms']:.3f} ms ({trial['speedup']:.2f}x dense)",
         "MACs": f"{trial['macs'] / baseline['macs']:.1%} of dense",
         "parameters": f"{trial['num_params'] / baseline['num_params']:.1%} of dense",
         "reload difference": f"{recipe['parity']:.1e}",
+        **forms,
     }
+
+
+def _tested(figures: Mapping[str, Any]) -> str:
+    low, high = figures.get("interval_95", (None, None))
+    interval = "" if low is None else f" (95 % interval {low:.4f} to {high:.4f})"
+    return f"{figures['accuracy']:.4f}{interval}"
+
+
+def _form(form: Mapping[str, Any]) -> str:
+    """One further form: what its proof measured."""
+    opset = f", opset {form['opset']}" if form["opset"] else ""
+    return (
+        f"{form['file']}{opset}: difference {form['difference']:.1e}, "
+        f"{form['latency_ms']:.3f} ms (eager beside it {form['eager_ms']:.3f} ms)"
+    )
 
 
 def names_table(groups: Mapping[str, Mapping[str, str]]) -> Table:
