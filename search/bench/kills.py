@@ -64,8 +64,8 @@ def bench_kills(
         progress: Where to report.
         kills: How many; fewer where the search is over before.
         seed: Of the moments and the targets.
-        pause_s: Mean seconds between two kills; by default what the search in peace needed until
-            its first trial had ended, so that some hit a driver that starts, and some a search.
+        pause_s: Mean seconds between two kills; by default half of what the search in peace
+            needed until its first trial: some hit a driver that starts, and some a search.
 
     Raises:
         ConfigError: If the folder is in use.
@@ -81,7 +81,7 @@ def bench_kills(
     Session(path, out / "peace").finish()
     peace_s = time.time() - started
     first = min(row.finished_at or started for row in Run(out / "peace").results())
-    pause_s = pause_s or first - started
+    pause_s = pause_s or (first - started) / 2
     progress.say(f"the same with {kills} kills, one in about {pause_s:.0f} s")
     report = _disturb(path, out / "kills", kills, random.Random(seed), pause_s, progress)
     compared = compare(Run(out / "peace"), Run(out / "kills"))
