@@ -174,6 +174,7 @@ def bench_kills_command(
     kills: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the moments and the targets.")] = 0,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Kill a search's processes at random and compare its ledger with that of one in peace."""
     search = load(config, set_ or [])
@@ -184,7 +185,7 @@ def bench_kills_command(
     result = bench_kills(search, out_dir, Progress(err), kills=kills, seed=seed)
     text = kills_markdown(result, f"prune-search bench kills {config} --kills {kills}")
     atomic_write_bytes(out_dir.with_suffix(".md"), text.encode())
-    out.print(text, markup=False, highlight=False)
+    out.print_json(json.dumps(result)) if as_json else out.print(text)
 
 
 @bench.command("front")
