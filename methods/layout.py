@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .outputs import unwrapped
 from .slicing import clone
 
 
@@ -32,7 +33,7 @@ def _runs(model: nn.Module, example_input: Tensor) -> bool:
     model.to(memory_format=torch.channels_last).eval().requires_grad_(True)
     try:
         with torch.enable_grad():
-            output = model(example_input.clone())
+            output = unwrapped(model(example_input.clone()))
             if isinstance(output, Tensor):
                 output.sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError:

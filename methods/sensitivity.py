@@ -15,6 +15,7 @@ from torch import nn
 
 from .finetune import recalibrate_batch_norm
 from .surgery import PruningPlan, Recipe, prune
+from .tasks import quick_split
 from .trace import evaluating
 
 
@@ -58,10 +59,12 @@ def measure_edit(
     if recalibrate_bn and (recipe.dropped_blocks or recipe.kept):
         generator = torch.Generator().manual_seed(seed)
         recalibrate_batch_norm(pruned, task, generator=generator, num_images=recalibration_images)
-    step = math.ceil(len(task.data.val) / num_images)  # spread over the classes, if sorted by them
+    split = quick_split(task)
+    count = len(task.data.val) if split == "val" else task.size(split)
+    step = math.ceil(count / num_images)  # spread over the classes, if sorted by them
     meter = task.meter()
     with evaluating(pruned), torch.inference_mode():
-        for images, targets in task.batches("val"):
+        for images, targets in task.batches(split):
             meter.update(pruned(images[::step]), targets[::step])
     found = meter.compute()
     return Effect(found["accuracy"], found["loss"])

@@ -17,8 +17,8 @@ MEANING = (
     "model", "task", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
     "latency", "probes",
 )  # fmt: skip
-MOVABLE = (  # of the first two what lies there is compared, not the path; the last is only told
-    ("data", "root"), ("model", "checkpoint"), ("model", "licence"),
+MOVABLE = (  # of the first two what lies there is compared; the others change nothing
+    ("data", "root"), ("model", "checkpoint"), ("model", "licence"), ("data", "workers"),
 )  # fmt: skip
 DERIVED = (BLOCKS, SENSITIVITY)  # made of the space; they are made anew, from the cache
 

@@ -298,6 +298,12 @@ class DataConfig(_Section):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="the seed of the split and the calibration images"
     )
+    memory_gib: float = Field(
+        default=4.0, gt=0, description="the most that images take in memory; more is streamed"
+    )
+    workers: int = Field(
+        default=2, ge=0, le=256, description="processes that decode images that are streamed"
+    )
     augment: bool = Field(
         default=True, description="whether training images are shifted and flipped"
     )

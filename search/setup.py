@@ -140,6 +140,8 @@ def load_images(config: SearchConfig) -> Data:
         split=config.data.split,
         seed=config.data.seed,
         limit=config.data.limit,
+        memory_bytes=int(config.data.memory_gib * 2**30),
+        workers=config.data.workers,
     )
 
 
@@ -268,36 +270,36 @@ def _ranking_key(problem: Problem) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedData:
     """A dataclass whose tensors are numpy arrays, which Ray shares without copying."""
 
     kind: type[Any]
     fields: Mapping[str, Any]
 
 
-def pack_images(data: Data) -> Packed:
+def pack_images(data: Data) -> PackedData:
     """The data for `ray.put`; tensors are packed, all else in it is pickled."""
     return _packed(data.to("cpu"))
 
 
-def _packed(data: Any) -> Packed:
+def _packed(data: Any) -> PackedData:
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.numpy()
         return _packed(value) if dataclasses.is_dataclass(value) else value
 
-    return Packed(
+    return PackedData(
         type(data), {f.name: one(getattr(data, f.name)) for f in dataclasses.fields(data)}
     )
 
 
-def unpack_images(packed: Packed) -> Any:
+def unpack_images(packed: PackedData) -> Any:
     """Inverse of `pack_images`, a `Data`; the tensors share the arrays' memory."""
 
     def one(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return _shared(value)
-        return unpack_images(value) if isinstance(value, Packed) else value
+        return unpack_images(value) if isinstance(value, PackedData) else value
 
     return packed.kind(**{name: one(value) for name, value in packed.fields.items()})
 

@@ -19,6 +19,7 @@ from ..methods.finetune import Finetuning, recalibrate_batch_norm
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state
 from ..methods.surgery import Recipe, layer_widths, prune
+from ..methods.tasks import SplitName, quick_split
 from .config import DEFAULT_PROBE
 from .context import TrialContext, TrialSpec
 from .deaths import is_disk_full
@@ -178,7 +179,8 @@ def _climb(work: Work, fidelity: int, context: TrialContext, result: TrialResult
     """Trains as far as `fidelity` asks, and reports; the first time it also measures."""
     if result.accuracy_before_finetune is None:
         with _clock(result, "finetune_s"):
-            metrics = context.task.evaluate(work.model, "val")
+            split: SplitName = "val" if work.training is None else quick_split(context.task)
+            metrics = context.task.evaluate(work.model, split)
             result.accuracy_before_finetune = metrics["accuracy"]
         with _clock(result, "measure_s"):
             _measure(work.model, work.recipe, context, result)
@@ -207,7 +209,8 @@ def _evaluate(model: nn.Module, fidelity: int, context: TrialContext) -> dict[st
         model = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(context.config.search.seed)
         _recalibrate(model, context, generator)
-    return context.task.evaluate(model, "val")
+    split: SplitName = "val" if fidelity == FULL_FIDELITY else quick_split(context.task)
+    return context.task.evaluate(model, split)
 
 
 def _recalibrate(model: nn.Module, context: TrialContext, generator: torch.Generator) -> None:

@@ -21,6 +21,7 @@ from prunesearch.methods.data.image_data import channel_statistics, convert_chan
 from prunesearch.methods.data.split import stratified_split, stratified_subset
 
 RNG = np.random.default_rng(0)
+CLASSIFICATION = [name for name, entry in DATASETS.items() if entry.task == "classification"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,7 @@ def write_files(name: str, root: Path) -> Path | None:
     return root
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", CLASSIFICATION)
 def test_contract(name, tmp_path):
     root = write_files(name, tmp_path)
     data = load_data(name, root=root, image_size=16, seed=1)
@@ -135,7 +136,7 @@ def test_contract(name, tmp_path):
     assert data.std == pytest.approx(std.tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", CLASSIFICATION)
 def test_grey_images_and_limits(name, tmp_path):
     root = write_files(name, tmp_path)
     full = load_data(name, root=root, image_size=8, channels=1)

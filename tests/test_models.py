@@ -18,8 +18,9 @@ from prunesearch.methods.models.build import (
 )
 from prunesearch.methods.models.resnet_cifar import ZeroPadShortcut
 
+CLASSIFIERS = [name for name in MODELS if name.startswith(("resnet", "vgg"))]
 ZOO = [
-    *((name, {}) for name in MODELS),
+    *((name, {}) for name in CLASSIFIERS),
     ("resnet20", {"shortcut": "A"}),
     ("resnet110", {"shortcut": "A"}),
 ]

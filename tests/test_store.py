@@ -250,6 +250,19 @@ def test_older_files_get_defaults_and_newer_ones_are_refused(tmp_path: Path) -> 
     assert path.exists()
 
 
+def test_further_figures_of_a_task_and_files_from_before_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_trial(result(0, metrics={"pixel_accuracy": 0.5, "odd": math.nan}))
+    before = to_table([result(1)]).drop_columns(["metrics"])
+    before = before.replace_schema_metadata({b"prune_search.schema_version": b"3"})
+    pq.write_table(before, store.trials_dir / "trial-00001.parquet")
+    first, second = store.read()
+    assert first.metrics == {"pixel_accuracy": 0.5} and second == result(1)
+    assert TrialResult.from_json(first.to_json()) == first
+    store.compact()
+    assert store.read() == [first, second]
+
+
 def test_front_file_and_bad_ids(tmp_path: Path) -> None:
     store = Store(tmp_path)
     path = store.write_front([result(3), result(1)])

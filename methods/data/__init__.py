@@ -8,15 +8,19 @@ from pathlib import Path
 from ..names import unknown_name
 from ..plugins import plugins
 from ..user_code import import_callable
+from .camvid import read_camvid
 from .cifar import read_cifar10, read_cifar100
+from .cityscapes import read_cityscapes, read_scenes
 from .digits import read_digits
 from .entry import MAX_BYTES, Data, DatasetEntry, ImageSize, Request
 from .fashion_mnist import read_fashion_mnist
 from .image_data import ImageData, Split
 from .image_folder import read_image_folder
 from .in_memory import load_in_memory
+from .masks import load_masks
 from .own import own_images
 from .split import check_fractions
+from .voc_masks import read_voc_masks
 
 __all__ = [
     "DATASETS",
@@ -90,6 +94,50 @@ DATASETS: dict[str, DatasetEntry] = {
         task="classification",
         load=load_in_memory,
     ),
+    "camvid": DatasetEntry(
+        description="701 street scenes of 360 x 480 pixels, 11 classes, as SegNet has them",
+        num_classes=11,
+        image_size=(360, 480),
+        where="data.root or $PRUNE_SEARCH_DATA: train/, trainannot/ and so on",
+        read=read_camvid,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="segmentation",
+        load=load_masks,
+    ),
+    "cityscapes": DatasetEntry(
+        description="5,000 street scenes of 1024 x 2048 pixels, 19 classes",
+        num_classes=19,
+        image_size=(512, 1024),
+        where="data.root or $PRUNE_SEARCH_DATA: leftImg8bit/ and gtFine/",
+        read=read_cityscapes,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="segmentation",
+        load=load_masks,
+    ),
+    "voc_segmentation": DatasetEntry(
+        description="2,913 photographs of Pascal VOC 2012 with masks, 21 classes",
+        num_classes=21,
+        image_size=(512, 512),
+        where="data.root or $PRUNE_SEARCH_DATA: VOC2012/",
+        read=read_voc_masks,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="segmentation",
+        load=load_masks,
+    ),
+    "scenes_segmentation": DatasetEntry(
+        description="2,400 made scenes of Fashion-MNIST's clothing with masks, 11 classes",
+        num_classes=11,
+        image_size=128,
+        where="made from Fashion-MNIST, kept in data.root or the cache",
+        read=read_scenes,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="segmentation",
+        load=load_masks,
+    ),
 }
 
 
@@ -154,6 +202,8 @@ def load_data(
     split: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     limit: int | None = None,
+    memory_bytes: int = MAX_BYTES,
+    workers: int = 0,
 ) -> Data:
     """Reads a data set.
 
@@ -168,6 +218,9 @@ def load_data(
         split: Fractions of training, validation and test images.
         seed: Seed of the split.
         limit: Most images in train and val together, for quick runs; test stays whole.
+        memory_bytes: Most that the images may take in memory. More is read from disk again and
+            again where that is possible (image_folder), else refused.
+        workers: Processes that decode it then.
 
     Returns:
         The data; the same arguments give the same data on every machine. Its class is that of the
@@ -181,7 +234,8 @@ def load_data(
     check_fractions(split)
     folder = None if root is None else Path(root).expanduser()
     size = _check_size(image_size, entry.image_size)
-    return entry.load(entry, Request(name, folder, size, channels, split, seed, limit))
+    request = Request(name, folder, size, channels, split, seed, limit, memory_bytes, workers)
+    return entry.load(entry, request)
 
 
 def _check_size(image_size: ImageSize | None, default: ImageSize) -> ImageSize:

@@ -78,6 +78,8 @@ class Request:
         split: Fractions of training, validation and test images.
         seed: Seed of the split.
         limit: Most images in train and val together.
+        memory_bytes: Most that the images may take in memory.
+        workers: Processes that decode what does not fit.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Request:
     split: Sequence[float]
     seed: int
     limit: int | None
+    memory_bytes: int
+    workers: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,18 +131,18 @@ MAX_BYTES = 4 * 2**30
 
 
 def check_memory(count: int, bytes_per_image: int, request: Request) -> None:
-    """Refuses more than fits in memory.
+    """Refuses more than may be in memory.
 
     Raises:
-        ValueError: If `count` images take more than `MAX_BYTES`.
+        ValueError: If `count` images take more than `request.memory_bytes`.
     """
     needed = count * bytes_per_image
-    if needed > MAX_BYTES:
+    if needed > request.memory_bytes:
         size = request.image_size
         shown = size if isinstance(size, int) else list(size)
         form = " x ".join(map(str, (request.channels, *request.shape)))
         raise ValueError(
             f"`data.image_size` (={shown}) must let the images fit in memory: {count} images of "
             f"{form} bytes take {needed / 2**30:.1f} GiB, more than "
-            f"{MAX_BYTES / 2**30:.0f} GiB. Lower it, or `data.limit`."
+            f"{request.memory_bytes / 2**30:.3g} GiB. Lower it, or `data.limit`."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,12 +96,14 @@ class Source:
         read: (indices, image size or None for the native one) -> uint8 [n, C, H, W].
         read_targets: (indices, image size) -> what is to be learnt of each image, where that is
             more than a class: masks or boxes, [n, ...].
+        paths: Of the images' files, where each has one and nothing but a class is learnt.
     """
 
     classes: tuple[str, ...]
     labels: Tensor
     read: Callable[[Tensor, int | None], Tensor]
     read_targets: Callable[[Tensor, int | None], Tensor] | None = None
+    paths: tuple[Path, ...] | None = None
 
     def targets(self, indices: Tensor, size: int | None) -> Tensor:
         """What is to be learnt of each image: its class, or masks or boxes, [n, ...]."""

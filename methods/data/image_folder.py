@@ -87,23 +87,41 @@ def _source(folder: Path, classes: tuple[str, ...]) -> Source:
     def read(indices: Tensor, image_size: int | None) -> Tensor:
         return _read_images([paths[i] for i in indices.tolist()], image_size or DEFAULT_SIZE)
 
-    return Source(classes, torch.tensor(labels), read)
+    return Source(classes, torch.tensor(labels), read, paths=tuple(paths))
 
 
 def _read_images(paths: Sequence[Path], size: int) -> Tensor:
     """uint8 [N, 3, size, size]."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(READERS) as pool:
-        for index, pixels in enumerate(pool.map(lambda path: _decode(path, size), paths)):
+        for index, pixels in enumerate(pool.map(lambda path: decode(path, size), paths)):
             images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
     return images
 
 
-def _decode(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def decode(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """[size, size, 3]: the shorter side resized to `size`, then the centre."""
+    image = open_image(path, 2 * size)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def open_image(path: Path, at_least: int) -> Image.Image:
+    """An image in RGB.
+
+    Args:
+        path: The file.
+        at_least: Pixels a side that suffice: JPEG decodes at a fraction of its size.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size
+            file.draft("RGB", (at_least, at_least))
             image = file.convert("RGB")
         if max(image.size) >= LONGEST * min(image.size):
             raise ValueError(f"one side is {LONGEST} times the other or more")
@@ -112,11 +130,7 @@ def _decode(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
             f"`data.root` (={path}) must hold readable images: {error}. Replace or "
             "delete the file."
         ) from error
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    return image
 
 
 def _difference(train: tuple[str, ...], test: tuple[str, ...]) -> str:

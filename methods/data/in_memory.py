@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .entry import DatasetEntry, Request, check_memory
+from .entry import Data, DatasetEntry, Request, check_memory
 from .image_data import ImageData, Source, Split, channel_statistics, convert_channels
 from .split import stratified_split, stratified_subset
 
 
-def load_in_memory(entry: DatasetEntry, request: Request) -> ImageData:
+def load_in_memory(entry: DatasetEntry, request: Request) -> Data:
     """Reads the images that are wanted; a data set's own test split stays the test split.
+
+    Files that take more memory than they may stay on disk (`StreamedData`).
 
     Raises:
         ValueError: If the size is no square, or the files are missing or unreadable.
@@ -31,7 +33,19 @@ def load_in_memory(entry: DatasetEntry, request: Request) -> ImageData:
     if official_test is not None:
         tests, test_at = official_test, torch.arange(len(official_test.labels))
     count = len(train_at) + len(val_at) + len(test_at)
-    check_memory(count, request.channels * size * size, request)
+    num_bytes = request.channels * size * size
+    if count * num_bytes > request.memory_bytes and pool.paths is not None:
+        from .streamed import stream  # torch's loader takes a while to import
+
+        return stream(
+            request,
+            pool,
+            tests,
+            (train_at, val_at, test_at),
+            horizontal_flip=entry.horizontal_flip,
+            official_test=official_test is not None,
+        )
+    check_memory(count, num_bytes, request)
 
     def take(source: Source, indices: Tensor) -> Split:
         images = convert_channels(source.read(indices, size), request.channels)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .deeplab import deeplabv3_cityscapes
 from .resnet_cifar import (
     resnet20,
     resnet32,
@@ -14,6 +15,7 @@ from .resnet_cifar import (
     resnet56,
     resnet110,
 )
+from .segnet import segnet
 from .vgg_cifar import vgg16_cifar
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -24,4 +26,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": resnet110,
     "resnet50_cifar": resnet50_cifar,
     "vgg16_cifar": vgg16_cifar,
+    "segnet": segnet,
+    "deeplabv3_cityscapes": deeplabv3_cityscapes,
 }

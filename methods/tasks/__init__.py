@@ -19,12 +19,16 @@ from ..names import unknown_name
 from ..options import check_options
 from ..plugins import plugins
 from ..user_code import import_callable
-from .classification import ClassificationTask, SplitName
+from .classification import ClassificationTask
+from .images import SplitName
 from .meter import Meter
+from .segmentation import SegmentationTask
 
 __all__ = [
     "TASKS",
     "ClassificationTask",
+    "Meter",
+    "SegmentationTask",
     "Meter",
     "SplitName",
     "Task",
@@ -32,6 +36,7 @@ __all__ = [
     "find_task",
     "make_task",
     "task_names",
+    "quick_split",
     "task_of",
 ]
 
@@ -138,7 +143,17 @@ TaskBuilder = Callable[..., Task]
 
 TASKS: dict[str, TaskBuilder] = {
     "classification": ClassificationTask,
+    "segmentation": SegmentationTask,
 }
+
+
+def quick_split(task: Any) -> SplitName:
+    """The split that stands for val where many models are compared, and figures may be rough.
+
+    Val itself, unless the task has a `quick_split`: then it also has `size(split)`.
+    """
+    found: SplitName = getattr(task, "quick_split", "val")
+    return found
 
 
 def task_of(dataset: str) -> str:
@@ -204,7 +219,12 @@ def make_task(
                 f"`task` (={wanted}) must suit `data.name` (={data.name}), which is for {suits}. "
                 "Leave task out, or name another data set."
             )
-        check_options(wanted, vars(build)["__init__"], given, without=BUILD_ARGUMENTS)
+        constructor = build.__init__  # type: ignore[misc]
+        check_options(wanted, constructor, given, without=BUILD_ARGUMENTS)
+    if build is ClassificationTask and hasattr(data.train, "paths"):
+        from .streamed import StreamedTask  # the loader takes a while to import
+
+        build = StreamedTask
     return build(
         data,
         batch_size=batch_size,

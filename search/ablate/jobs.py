@@ -28,7 +28,7 @@ from ..keeper import shares
 from ..prune import make_recipe
 from ..records import FULL_FIDELITY, Candidate, TrialResult, TrialStatus, with_provenance
 from ..setup import (
-    Packed,
+    PackedData,
     Problem,
     draw_model,
     find_groups,
@@ -51,7 +51,7 @@ class Dense:
     result: TrialResult
 
 
-def train_dense(config: SearchConfig, row: Row, seed: int, images: Packed) -> Dense:
+def train_dense(config: SearchConfig, row: Row, seed: int, images: PackedData) -> Dense:
     """Trains the dense model of a seed, or loads it from the cache or the checkpoint.
 
     Args:
@@ -93,7 +93,7 @@ def run_row(
     config: SearchConfig,
     row: Row,
     seed: int,
-    images: Packed,
+    images: PackedData,
     dense: Dense,
     keeper: Any,
 ) -> list[TrialResult]:
@@ -209,7 +209,7 @@ _WORK: dict[str, Callable[[Row, int, TrialContext, Problem], list[TrialResult]]]
 # --- the problem of a row --------------------------------------------------------------------
 
 
-def _problem(config: SearchConfig, row: Row, images: Packed) -> Problem:
+def _problem(config: SearchConfig, row: Row, images: PackedData) -> Problem:
     """As `pose` makes it, from data that are already here; seeded, untrained."""
     device = trial_device(config)
     task = make_task(config, first_classes(unpack_images(images), row.num_classes), device)
