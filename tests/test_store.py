@@ -1,6 +1,7 @@
 """The ledger: nothing is lost, whatever dies; every reader sees the documented columns."""
 
 import dataclasses
+import math
 import os
 import re
 import signal
