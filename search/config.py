@@ -235,6 +235,10 @@ def _task_in_yaml(task: TaskChoice | None) -> str | dict[str, dict[str, Any]] | 
     return None if task is None else task.to_yaml()
 
 
+def _size_in_yaml(size: int | tuple[int, int] | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, tuple) else size
+
+
 def _checked_size(size: object) -> int | tuple[int, int] | None:
     """A side, [height, width], or null."""
     if size is None:
@@ -257,7 +261,9 @@ _CriterionItem = Annotated[
 _TaskItem = Annotated[
     TaskChoice | None, PlainValidator(_parsed_task), PlainSerializer(_task_in_yaml)
 ]
-_ImageSize = Annotated[int | tuple[int, int] | None, PlainValidator(_checked_size)]
+_ImageSize = Annotated[
+    int | tuple[int, int] | None, PlainValidator(_checked_size), PlainSerializer(_size_in_yaml)
+]
 
 
 class ModelConfig(_Section):

@@ -36,7 +36,7 @@ from prunesearch.methods.tasks.segmentation import (
 NUM_CLASSES = 4
 SIZE = 32
 NARROW = {
-    "segnet": {"width": 2},
+    "segnet": {"width": 4},
     "deeplabv3_cityscapes": {"width": 2, "depths": [2, 2, 2, 2]},
 }
 
@@ -200,10 +200,12 @@ def test_models_train_and_answer_at_the_size_of_the_image(name: str) -> None:
         with torch.no_grad():
             logits = model(torch.randn(2, 3, *shape))
         assert logits.shape == (2, NUM_CLASSES, *shape)
-    before = task.evaluate(model)
-    finetune(model, task, epochs=8, lr=0.05, generator=generator())
-    after = task.evaluate(model)
-    assert after["loss"] < before["loss"] and after["accuracy"] > before["accuracy"]
+    losses: list[float] = []
+    finetune(
+        model, task, epochs=12, lr=0.1, generator=generator(),
+        on_epoch=lambda _, loss: losses.append(loss),
+    )  # fmt: skip
+    assert losses[-1] < 0.85 * losses[0]
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -266,9 +268,12 @@ def test_a_pruned_deeplab_still_trains_its_auxiliary_head() -> None:
     assert {"layer3.0.conv1", "layer3.1.conv3", "pyramid.atrous.1.0", "head.0.0"} <= layers
     entry = pruned.get_submodule("auxiliary.0.0")
     assert entry.in_channels == pruned.get_submodule("layer3.1.conv3").out_channels == 16
-    before = task.evaluate(pruned, "train")["loss"]
-    finetune(pruned, task, epochs=6, lr=0.05, generator=generator())
-    assert task.evaluate(pruned, "train")["loss"] < before
+    losses: list[float] = []
+    finetune(
+        pruned, task, epochs=6, lr=0.05, generator=generator(),
+        on_epoch=lambda _, loss: losses.append(loss),
+    )  # fmt: skip
+    assert losses[-1] < 0.85 * losses[0]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -330,11 +335,12 @@ def test_sparse_training_thins_segmenters(name: str) -> None:
     model, task = make_model(name), make_task(max_scale=1.0)
     plan = plan_pruning(model, task.example_input(2))
     norms = [norm for names in group_norms(model, plan).values() for norm in names]
-    before = sum(float(model.get_submodule(n).weight.abs().sum()) for n in norms)
+
     SPARSE_TRAINING["dsd"](
-        model, task, norms, lam=0.05, q=0.5, epochs=2, lr=0.05, generator=generator()
+        model, task, norms, lam=0.6, q=0.5, epochs=4, lr=0.02, generator=generator()
     )
-    assert sum(float(model.get_submodule(n).weight.abs().sum()) for n in norms) < before
+    scales = torch.cat([model.get_submodule(name).weight.detach().abs() for name in norms])
+    assert (scales < 0.95).float().mean() > 0.2 and (scales > 1.05).float().mean() > 0.2
 
 
 def test_blocks_are_reconstructed() -> None:

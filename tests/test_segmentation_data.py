@@ -13,6 +13,7 @@ from PIL import Image
 from prunesearch.methods.data import DATASETS, load_data
 from prunesearch.methods.data.camvid import CLASSES as CAMVID
 from prunesearch.methods.data.cityscapes import TRAIN_IDS
+from prunesearch.methods.data.fashion_mnist import DEBIAN
 from prunesearch.methods.data.masks import IGNORED, class_table, read_pair
 from prunesearch.methods.data.voc_masks import CLASSES as VOC
 
@@ -158,7 +159,7 @@ def test_images_keep_their_proportions(tmp_path: Path) -> None:
 
 
 def test_made_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not Path("/usr/share/dataset-fashion-mnist").is_dir():
+    if not DEBIAN.is_dir():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
     from prunesearch.methods.data import scenes_files
     from prunesearch.methods.data.scenes import SceneOptions

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from prunesearch.methods.data import DATASETS, Data, ImageData, Split
@@ -172,7 +173,7 @@ def test_training_lowers_the_loss(case: Case) -> None:
 
 def test_distillation_towards_itself_has_no_gradient(case: Case) -> None:
     task, model = built(case), case.model.eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -181,7 +182,7 @@ def test_distillation_towards_itself_has_no_gradient(case: Case) -> None:
         model, task, epochs=1, lr=1e-3, weight_decay=0.0, momentum=0.0, generator=generator(),
         teacher=model, distill=1.0,
     )  # fmt: skip
-    for name, value in model.state_dict().items():
+    for name, value in model.named_parameters():
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
 
 
@@ -242,7 +243,6 @@ def test_config_names_the_task() -> None:
     for task in (None, "segmentation", {"segmentation": {"class_weights": "balanced"}}):
         config = parse_config({**DIGITS, "task": task})
         assert config.model_dump(mode="json")["task"] == task
-        from ruamel.yaml import YAML
 
         assert parse_config(YAML(typ="safe").load(dump_config(config))) == config
     for wrong in (5, ["segmentation"], {"a": 1}, {"a": {}, "b": {}}, "a b"):
@@ -262,6 +262,8 @@ def test_image_size_may_be_a_rectangle() -> None:
         return parse_config({**DIGITS, "data": data}).data.image_size
 
     assert (sized(8), sized([16, 24]), sized(None)) == (8, (16, 24), None)
+    config = parse_config({**DIGITS, "data": {**DIGITS["data"], "image_size": [16, 24]}})
+    assert parse_config(YAML(typ="safe").load(dump_config(config))) == config
     for wrong, rule in (
         (7, "at least 8"),
         ([8, 20000], "at most 16384"),

@@ -205,6 +205,7 @@ def batches(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin,
+        generator=torch.Generator(),  # else it would draw from the global one
     )
     yield from loader
 

@@ -94,5 +94,5 @@ def _same_channels(x: Tensor, like: Tensor) -> Tensor:
     """`x`, which says that its channels belong to those of `like`; free without gradients."""
     if not torch.is_grad_enabled() or x is like:
         return x
-    result: Tensor = _SameChannels.apply(x, like)  # type: ignore[no-untyped-call]
+    result: Tensor = _SameChannels.apply(x, like)
     return result

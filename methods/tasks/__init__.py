@@ -219,7 +219,7 @@ def make_task(
                 f"`task` (={wanted}) must suit `data.name` (={data.name}), which is for {suits}. "
                 "Leave task out, or name another data set."
             )
-        constructor = build.__init__  # type: ignore[misc]
+        constructor = build.__init__
         check_options(wanted, constructor, given, without=BUILD_ARGUMENTS)
     if build is ClassificationTask and hasattr(data.train, "paths"):
         from .streamed import StreamedTask  # the loader takes a while to import

@@ -46,6 +46,7 @@ class StreamedTask(ClassificationTask):
         self.batch_size = batch_size
         self.num_classes = len(data.classes)
         self.num_train = len(data.train)
+        self._disk = data
         self.data = data  # type: ignore[assignment]  # what ImageTask does with it is replaced
         chosen = calibration_indices(data.train.labels, calibration_size, seed)
         part = data.train.take(chosen)
@@ -100,7 +101,8 @@ class StreamedTask(ClassificationTask):
             yield from self._read(split, torch.split(indices, size))
             return
         images, labels = self._stored
-        for one, classes in zip(images.split(size), labels.split(size), strict=True):
+        parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+        for one, classes in parts:
             yield self._normalise(one), classes.to(self.device)
 
     def size(self, split: SplitName) -> int:
@@ -116,12 +118,7 @@ class StreamedTask(ClassificationTask):
         self, split: str, order: Sequence[Tensor], seeds: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pin = self.device.type == "cuda"
-        for images, labels in batches(
-            self._files[split],
-            self.data,
-            order,
-            seeds=seeds,
-            pin=pin,  # type: ignore[arg-type]
-        ):
+        read = batches(self._files[split], self._disk, order, seeds=seeds, pin=pin)
+        for images, labels in read:
             images = images.to(self.device, non_blocking=True)
             yield self._normalise(images), labels.to(self.device, non_blocking=True)
