@@ -133,7 +133,7 @@ class _Follower(Moves):
         if name == "setitem":
             return self.set_items(*args)
         if name == "iter":
-            return self.lose(args, f"is taken apart row by row in {self.where}")
+            return self.lose(args, f"is taken apart row by row (in {self.where})")
         results = list(tensors_of(result))
         if not results or name in _FACTORIES:
             return
@@ -147,13 +147,14 @@ class _Follower(Moves):
         elif name == "prelu":
             self._prelu(given, results[0])
         elif name in _PRODUCTS:
-            self.lose(given, f"feeds {name} in {self.where}, as attention does: its width stays")
+            why = "feeds a matrix product, as attention does: its width stays"
+            self.lose(given, f"{why} ({name} in {self.where})")
         elif name in MOVES:
             self.move(name, func, args, kwargs, results)
         elif name in _REDUCTIONS and not (name in ("max", "min") and len(given) > 1):
             self._reduce(name, given[0], args, kwargs, results)
         elif name in _ALONG_ONE and self._is_mixed(name, given[0], args, kwargs):
-            self.lose(given, f"is mixed over its channels by {name} in {self.where}")
+            self.lose(given, f"is mixed over its channels ({name} in {self.where})")
         elif name == "max_unpool2d":
             self._unpool(given, results[0])
         elif name in _COMBINES or len(given) > 1:
@@ -170,7 +171,7 @@ class _Follower(Moves):
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         owner, module = self._owners.get(id(weight), self.inside[-1])
         if not isinstance(module, (_ConvNd, nn.Linear)):
-            return self.lose(given, f"feeds a bare {name} in {self.where}")
+            return self.lose(given, f"feeds weights that lie in no layer ({name} in {self.where})")
         x = args[0] if args else kwargs["input"]
         dim = x.ndim - 1 if name == "linear" else x.ndim - module.weight.ndim + 1
         width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
@@ -215,7 +216,9 @@ class _Follower(Moves):
         )
         taken = along(self.labels[given[0]], -1 if layer_norm else 1) if known else None
         if taken is None:
-            return self.lose(given, f"is normalised by code ({name} in {self.where})")
+            return self.lose(
+                given, f"is normalised by code and not by a layer ({name} in {self.where})"
+            )
         self.flow.enter(Port(target, "both"), taken)
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
             reason = f"shares {target}, which divides its channels, with other layers"
@@ -243,18 +246,23 @@ class _Follower(Moves):
             elif vector is not None and _alike(result, x):
                 self.labels[result] = spread(vector, result.shape, 1)
             elif result.is_floating_point():
-                self.lose([x], f"is read by {name or 'code'} in {self.where}, in a way of its own")
+                self.lose(
+                    [x],
+                    f"is read by code that is not understood ({name or 'code'} in {self.where})",
+                )
 
     def _combine(self, name: str, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Element by element: the channels that meet are one."""
         shape = results[0].shape
         if len(results) > 1 or any(not _broadcasts(t.shape, shape) for t in given):
-            return self.lose(given, f"is read by {name or 'code'} in {self.where}")
+            return self.lose(
+                given, f"is read by code that is not understood ({name or 'code'} in {self.where})"
+            )
         total: Tensor | None = None
         for tensor in sorted(given, key=self.is_bare):  # a parameter follows what it meets
             labels = self.labels[tensor]
             if self._is_repeated(tensor, given, shape):
-                self.lose([tensor], f"weighs several channels at once in {self.where}")
+                self.lose([tensor], f"weighs several channels at once (in {self.where})")
             elif total is None:
                 total = labels.expand(shape)
             else:
@@ -277,7 +285,7 @@ class _Follower(Moves):
         vectors = [along(self.labels[tensor], 1) for tensor in given]
         first = vectors[0]
         if first is None or any(v is None or v.shape != first.shape for v in vectors):
-            return self.lose(given, f"meets other channels in {self.where}")
+            return self.lose(given, f"meets other channels (in {self.where})")
         for vector in vectors[1:]:
             assert vector is not None
             self.couple(first, vector)
@@ -293,7 +301,7 @@ class _Follower(Moves):
         dims = [dims] if isinstance(dims, int) else dims
         labels = self.labels[x]
         if not isinstance(dims, list | tuple) or any(varies(labels, dim) for dim in dims):
-            return self.lose([x], f"is reduced over its channels by {name} in {self.where}")
+            return self.lose([x], f"is reduced over its channels ({name} in {self.where})")
         reduced = labels.amax(tuple(dims), keepdim=results[0].ndim == x.ndim)
         for result in results:
             self.labels[result] = reduced

@@ -61,7 +61,9 @@ class Moves(Labelled):
         labels = list(tensors_of(found))
         if [t.shape for t in labels] != [t.shape for t in results]:
             given = list(tensors_of((args, kwargs)))
-            return self.lose(given, f"is moved by {name} in {self.where}")
+            return self.lose(
+                given, f"is moved in a way that is not understood ({name} in {self.where})"
+            )
         for result, own in zip(results, labels, strict=True):
             self.labels[result] = own
         if name in _SPLITS:
@@ -85,7 +87,9 @@ class Moves(Labelled):
         if not varies(labels, dim):
             return
         vector = along(labels, dim)
-        reason = f"is split or shuffled by position with channels of other layers in {self.where}"
+        reason = (
+            f"is split or shuffled by position with channels of other layers (in {self.where})"
+        )
         if vector is None:
             self.flow.lost.append((labels[labels != NONE], reason))
         else:
@@ -97,7 +101,7 @@ class Moves(Labelled):
         dim = int(kwargs.get("dim", args[2] if len(args) > 2 else 0))
         if len({result.shape[dim] for result in results}) > 1:
             if varies(self.labels[x], dim):
-                self.lose([x], f"is split into unequal parts in {self.where}")
+                self.lose([x], f"is split into unequal parts (in {self.where})")
         elif len(results) > 1:
             self._divide(self.labels[x], dim, len(results))
 
@@ -124,7 +128,7 @@ class Moves(Labelled):
         labels: Tensor = self.labels[x]
         padded = [x.ndim - 1 - k // 2 for k, size in enumerate(pad) if size]
         if any(varies(labels, dim) for dim in padded):
-            self.lose([x], f"gets constant channels added in {self.where}")
+            self.lose([x], f"gets constant channels added (in {self.where})")
         if kwargs.get("mode", "constant") == "constant":
             return nn.functional.pad(labels.contiguous(), list(pad), value=NONE)
         vector = along(labels, 1)
@@ -136,12 +140,12 @@ class Moves(Labelled):
 
     def set_items(self, x: Tensor, index: Any, value: Any) -> None:
         """Rows of `x` are overwritten, as RoI pooling over several levels does."""
-        if not isinstance(value, Tensor) or not self.has(value):
+        if not isinstance(value, Tensor) or not self.has(value) or value.numel() == 0:
             return
         new = along(self.labels[value], 1) if value.ndim > 1 else None
         old = along(self.labels[x], 1) if self.has(x) and x.ndim > 1 else None
         if new is None or x.ndim != value.ndim or len(new) != x.shape[1]:
-            self.lose([x, value], f"is written into another tensor in {self.where}")
+            self.lose([x, value], f"is written into another tensor (in {self.where})")
         elif old is not None:
             self.couple(old, new)
         else:

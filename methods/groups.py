@@ -27,7 +27,7 @@ from .channel_flow import follow_channels
 from .flow import Flow, Port
 from .labels import NONE
 from .models.resnet_cifar import ZeroPadShortcut
-from .proof import provable
+from .proof import enliven, provable
 from .surgery import PRODUCERS, ChannelGroup, Edit, PruningPlan
 from .trace import kept_whole
 
@@ -71,6 +71,7 @@ def plan_pruning(model: nn.Module, example_input: Tensor, *, scope: str = "all")
             f"{type(error).__name__}: {error}. Search over blocks only (space.criteria: [])."
         ) from error
     groups, excluded = _Coupling(traced, flow).groups()
+    enliven(traced)
     if scope == "internal":
         for group in groups:
             if not group.internal:
@@ -127,7 +128,7 @@ class _Coupling:
             if not isinstance(module, PRODUCERS) or name in seen:
                 continue
             if name not in self._flow.made:
-                excluded[name] = "does not reach the model's output in a forward pass"
+                excluded[name] = self._unseen(name)
                 continue
             group, trouble = self._group(name)
             seen.update(group.layers)
@@ -137,6 +138,12 @@ class _Coupling:
                 stage = f"stage{levels.index(self._flow.pixels[name]) + 1}"
                 groups.append(replace(group, stage=stage))
         return groups, excluded
+
+    def _unseen(self, name: str) -> str:
+        """Why a layer was not called in the forward pass."""
+        if isinstance(self._modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            return "is part of an attention layer, whose width stays"
+        return "does not reach the model's output in a forward pass"
 
     def _of(self, labels: Tensor) -> Classes:
         """The class of each label; NONE stays."""

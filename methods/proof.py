@@ -44,6 +44,25 @@ def provable(
     return good, broken
 
 
+def enliven(model: nn.Module) -> None:
+    """Gives weights that are all the same other values, as after some training, in place.
+
+    The ones and zeros of fresh norms, scales and heads would hide a mistake: nothing can be proven
+    on a model whose last layer is zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.min() < tensor.max():
+            continue
+        value = float(tensor.detach().flatten()[0])
+        if value == 0:
+            other = torch.randn(tensor.shape, generator=generator).mul_(0.1)
+        else:  # a layer scale of 1e-6 hides its block
+            other = torch.rand(tensor.shape, generator=generator).add_(0.5)
+            other *= value if abs(value) > 0.01 else 1.0
+        tensor.data.copy_(other)
+
+
 def _failure(
     model: nn.Module,
     groups: Sequence[ChannelGroup],

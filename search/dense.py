@@ -15,7 +15,7 @@ from torch import nn
 
 from ..methods.finetune import finetune
 from ..methods.measure import count_macs, count_params, peak_memory_mib
-from ..methods.shapes import copy_state
+from ..methods.shapes import copy_state, load_state
 from .cache import Made, Say, open_cache, sharing_here
 from .config import DEFAULT_PROBE, ConfigError
 from .metrics import further
@@ -154,7 +154,7 @@ def load_dense(model: nn.Module, path: Path) -> None:
         ConfigError: If they are damaged or of another model.
     """
     try:
-        model.load_state_dict(load_file(path))
+        load_state(model, load_file(path))
     except Exception as error:  # of a damaged file the library raises several kinds
         raise ConfigError(
             f"`{path}` must hold the dense weights: {error}. Restore it from a copy, or "
@@ -184,7 +184,7 @@ def _dense_weights(problem: Problem, say: Say) -> tuple[str, float]:
     made, _ = sharing_here(cache)(dense_key(problem), train)
     if seconds:
         return "trained", seconds[0]
-    problem.model.load_state_dict(dict(made.tensors))
+    load_state(problem.model, made.tensors)
     return "cache", 0.0
 
 

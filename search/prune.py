@@ -17,7 +17,7 @@ from ..methods.k_for_macs import k_for_macs
 from ..methods.restrict import compose, restrict
 from ..methods.seeding import seeded
 from ..methods.select import SELECTION_RULES, select_cumulative, select_global, select_retain
-from ..methods.shapes import copy_state
+from ..methods.shapes import copy_state, load_state
 from ..methods.sparse_training import SPARSE_TRAINING
 from ..methods.surgery import (
     ChannelGroup,
@@ -56,7 +56,7 @@ def start_of(candidate: Candidate, context: TrialContext) -> Start:
     key = _sparse_key(candidate, context)
     made, waited = context.shared(key, lambda: _sparse_train(candidate, context))
     model = copy.deepcopy(context.dense)
-    model.load_state_dict(dict(made.tensors))
+    load_state(model, made.tensors)
     return Start(model, waited)
 
 

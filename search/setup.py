@@ -25,6 +25,7 @@ from ..methods.groups import plan_pruning
 from ..methods.layout import prefer_channels_last
 from ..methods.models.build import build_model, default_image_size, input_channels
 from ..methods.outputs import tensors_of
+from ..methods.shapes import load_state as load_weights
 from ..methods.sparse_training import SPARSE_TRAINING
 from ..methods.surgery import PruningPlan, group_norms
 from ..methods.tasks import Task, task_of
@@ -306,7 +307,7 @@ def unpack_images(packed: PackedData) -> Any:
 
 def load_state(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Copies weights from shared arrays into `model`."""
-    model.load_state_dict({name: _shared(array) for name, array in arrays.items()})
+    load_weights(model, {name: _shared(array) for name, array in arrays.items()})
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -350,12 +350,14 @@ def check_tables(report: Mapping[str, Any]) -> Iterable[Any]:
 
 def _left_alone(excluded: Mapping[str, str]) -> Iterable[str]:
     """The layers whose output channels stay, a line for each reason."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in excluded.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
+    reasons: dict[str, dict[str, str]] = {}
+    for name, reason in excluded.items():  # "(... in MODULE)" differs from layer to layer
+        reasons.setdefault(reason.partition(" (")[0], {})[name] = reason
+    for text, named in reasons.items():
+        names = list(named)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"not prunable: {', '.join(names[:3])}{more}: {reason}"
+        told = named[names[0]] if len(set(named.values())) == 1 else text
+        yield f"not prunable: {', '.join(names[:3])}{more}: {told}"
 
 
 _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")

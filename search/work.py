@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from ..methods.finetune import FinetuneOptions, Finetuning
-from ..methods.shapes import copy_state
+from ..methods.shapes import copy_state, load_state
 from ..methods.surgery import Recipe, prune
 from .context import TrialContext
 
@@ -102,7 +102,7 @@ def restore_work(recipe: str, tensors: bytes, fidelity: int, context: TrialConte
     removed = Recipe.from_json(recipe)
     model = prune(context.dense, context.plan, removed)
     state = load(tensors)
-    model.load_state_dict(_part(state, "model."))
+    load_state(model, _part(state, "model."))
     training = make_training(model, context, torch.Generator())
     assert training is not None
     training.load_state(_part(state, "training."))

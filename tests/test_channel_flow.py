@@ -188,7 +188,7 @@ class Mixed(Net):
 BAD = {
     "padding": (lambda: Padded(narrow=nn.Conv2d(12, 6, 1)), "a", "constant channels added"),
     "gate": (lambda: Gated(gate=nn.Conv2d(12, 1, 1)), "gate", "several channels at once"),
-    "mean": (lambda: Averaged(), "a", "reduced over its channels by mean"),
+    "mean": (lambda: Averaged(), "a", "reduced over its channels (mean"),
     "attention": (lambda: Attended(), "a", "as attention does"),
     "split": (
         lambda: Mixed(side=nn.Conv2d(12, 4, 1), b=nn.Conv2d(8, 8, 1)),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..names import unknown_name
 from ..plugins import plugins
+from ..shapes import load_state
 from ..user_code import import_callable
 from . import MODELS
 
@@ -117,7 +118,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             f"{'; '.join(problems[:3])}{more}. Use the `model.name`, `model.kwargs` and data set "
             "(number of classes, channels) that the checkpoint was trained with."
         )
-    model.load_state_dict(state)
+    load_state(model, state)
 
 
 def input_channels(model: nn.Module) -> int:

@@ -26,9 +26,9 @@ from ...methods.groups import plan_pruning
 from ...methods.measure import count_macs, count_params
 from ...methods.models.build import build_model, input_channels
 from ...methods.outputs import tensors_of
-from ...methods.proof import difference, masked
+from ...methods.proof import difference, enliven, masked
 from ...methods.select import num_kept
-from ...methods.shapes import changed_attributes, copy_state
+from ...methods.shapes import changed_attributes, copy_state, load_state
 from ...methods.surgery import PruningPlan, Recipe, apply, prune, whole_columns
 from ...methods.trace import forward_of
 from ..export import FORMAT, RECIPE, WEIGHTS, load_pruned
@@ -52,7 +52,8 @@ def run_case(name: str, image_size: int, kwargs: dict[str, Any]) -> dict[str, An
     """
     start = time.perf_counter()
     torch.manual_seed(0)
-    model = _lively(build_model(name, num_classes=NUM_CLASSES, kwargs=kwargs))
+    model = build_model(name, num_classes=NUM_CLASSES, kwargs=kwargs)
+    enliven(model)
     images = torch.randn(2, input_channels(model), image_size, image_size)
     blocks = removable_blocks(model, images)
     plan = plan_pruning(model, images)
@@ -106,22 +107,6 @@ class _Traced(nn.Module):
         return forward_of(self.model)(images)
 
 
-def _lively(model: nn.Module) -> nn.Module:
-    """Norms and scales as after some training: fresh ones are ones and zeros and hide mistakes."""
-    for name, parameter in model.named_parameters():
-        leaf = name.rpartition(".")[2]
-        if parameter.ndim == 1 and leaf == "weight" or "scale" in leaf or "gamma" in leaf:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        elif leaf == "bias":
-            nn.init.normal_(parameter, 0, 0.1)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    return model.eval()
-
-
 def _recipe(plan: PruningPlan, blocks: list[str]) -> Recipe:
     """Every fourth block goes, and of each group's columns a random share stays."""
     count = math.floor(DROP * len(blocks))
@@ -137,7 +122,9 @@ def _recipe(plan: PruningPlan, blocks: list[str]) -> Recipe:
 
 def _why(plan: PruningPlan) -> str:
     """The reasons of the layers that are left alone, with how many each, the commonest first."""
-    counts = Counter(reason.partition(":")[0] for reason in plan.excluded.values())
+    counts = Counter(
+        reason.partition(":")[0].partition(" (")[0] for reason in plan.excluded.values()
+    )
     return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common())
 
 
@@ -155,7 +142,7 @@ def _replay(
 ) -> nn.Module:
     """The recipe, through JSON, on a model that is built and looked at anew."""
     fresh = build_model(name, num_classes=NUM_CLASSES, kwargs=kwargs)
-    fresh.load_state_dict(model.state_dict())
+    load_state(fresh, model.state_dict())
     return apply(fresh, plan_pruning(fresh, images), Recipe.from_json(recipe.to_json()))
 
 
