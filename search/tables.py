@@ -57,7 +57,7 @@ def table_of_front(
     table = Table(title=f"Pareto front of {name} (validation split)")
     probes = list(probes)
     by_probe = [f"{column}@{probe}" for probe in probes for column in ("latency ms", "speedup")]
-    further = list(baseline.get("metrics", {}))
+    further = [name for name in baseline.get("metrics", {}) if not name.startswith(_OF_A_CLASS)]
     for column in (
         "trial", "accuracy", *further, "drop", "before ft", "latency ms", "speedup", *by_probe,
         "MACs M", "params k", "memory MiB", "criterion", "blocks dropped", "channels kept",
@@ -361,6 +361,7 @@ def _left_alone(excluded: Mapping[str, str]) -> Iterable[str]:
 
 
 _TEXT = ("trial", "criterion", "blocks dropped", "channels kept")
+_OF_A_CLASS = "ap_"  # such figures are in the ledger: a column each would be too many
 
 
 def _dense_row(baseline: Mapping[str, Any]) -> TrialResult:

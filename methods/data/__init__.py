@@ -11,15 +11,17 @@ from ..user_code import import_callable
 from .camvid import read_camvid
 from .cifar import read_cifar10, read_cifar100
 from .cityscapes import read_cityscapes, read_scenes
+from .coco import read_box_scenes, read_coco
 from .digits import read_digits
 from .entry import MAX_BYTES, Data, DatasetEntry, ImageSize, Request
 from .fashion_mnist import read_fashion_mnist
-from .image_data import ImageData, Split
+from .image_data import ImageData, Source, Split
 from .image_folder import read_image_folder
 from .in_memory import load_in_memory
 from .masks import load_masks
 from .own import own_images
 from .split import check_fractions
+from .voc import read_voc
 from .voc_masks import read_voc_masks
 
 __all__ = [
@@ -37,6 +39,18 @@ __all__ = [
     "normalise_name",
     "own_images",
 ]
+
+
+def _read_dota(root: Path | None) -> tuple[Source, Source | None]:
+    try:
+        from .dota import read_dota
+    except ImportError as error:
+        raise ValueError(
+            "`data.name` (=dota) must find shapely, which cuts oriented boxes: "
+            f"{error}. Install it with `pip install 'prune-search[detection]'`."
+        ) from error
+    return read_dota(root)
+
 
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
@@ -137,6 +151,50 @@ DATASETS: dict[str, DatasetEntry] = {
         horizontal_flip=True,
         task="segmentation",
         load=load_masks,
+    ),
+    "scenes": DatasetEntry(
+        description="2,400 made scenes of Fashion-MNIST's clothing with boxes, 10 classes",
+        num_classes=10,
+        image_size=128,
+        where="made from Fashion-MNIST, kept in data.root or the cache",
+        read=read_box_scenes,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="detection",
+        load=load_in_memory,
+    ),
+    "coco": DatasetEntry(
+        description="photographs with boxes in COCO's format, such as COCO 2017",
+        num_classes=None,
+        image_size=640,
+        where="data.root: annotations/instances_train.json (or with a year), and images",
+        read=read_coco,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="detection",
+        load=load_in_memory,
+    ),
+    "voc": DatasetEntry(
+        description="photographs with boxes in the format of Pascal VOC",
+        num_classes=None,
+        image_size=320,
+        where="data.root: Annotations/, JPEGImages/ and ImageSets/Main/, as in VOC2007",
+        read=read_voc,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="detection",
+        load=load_in_memory,
+    ),
+    "dota": DatasetEntry(
+        description="aerial photographs with boxes at any angle, in DOTA's format, in tiles",
+        num_classes=None,
+        image_size=640,
+        where="data.root: train/images/ and train/labelTxt/, and the same in val/",
+        read=_read_dota,
+        crop_fraction=0.0,
+        horizontal_flip=True,
+        task="detection",
+        load=load_in_memory,
     ),
 }
 

@@ -108,9 +108,10 @@ def valid_boxes(
         The boxes [n, 4], and which of them are finite and have an area there, [n].
     """
     array = np.asarray(boxes, np.float64).reshape(-1, 4)
-    finite = np.isfinite(array).all(1)
+    finite = np.all(np.isfinite(array), axis=1)
     array = np.nan_to_num(array).clip(0, [width, height, width, height])
-    return array.astype(np.float32), finite & ((array[:, 2:] - array[:, :2]) > 0).all(1)
+    real = np.all(array[:, 2:] > array[:, :2], axis=1)
+    return array.astype(np.float32), np.logical_and(finite, real)
 
 
 def inside_folder(folder: Path, name: object, *, listed_in: Path) -> Path:

@@ -60,7 +60,7 @@ def read_coco(root: Path | None) -> tuple[Source, Source | None]:
     return box_source(classes, pool), official
 
 
-def read_scenes(root: Path | None) -> tuple[Source, Source | None]:
+def read_box_scenes(root: Path | None) -> tuple[Source, Source | None]:
     """The made scenes (scenes.py), written in COCO's format and read back.
 
     Args:

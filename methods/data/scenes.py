@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
-from .fashion_mnist import CLASSES, read_fashion_mnist
+from .fashion_mnist import read_fashion_mnist
+from .image_data import Source
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -31,6 +31,7 @@ TRIES = 8  # places that are tried for an object
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Clothing = tuple[Source, Source]
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,37 @@ class Scene:
     edges: Mask
 
 
-def make_scenes(options: SceneOptions, split: SplitName) -> Iterator[Scene]:
+def read_clothing() -> Clothing:
+    """Fashion-MNIST, which the objects are taken from: its own train and test split.
+
+    Raises:
+        ValueError: If its files are missing or damaged.
+    """
+    return read_fashion_mnist(None)
+
+
+def make_scenes(
+    options: SceneOptions, split: SplitName, clothing: Clothing | None = None
+) -> Iterator[Scene]:
     """The scenes of one split, one after the other.
+
+    Args:
+        options: Which scenes.
+        split: Of them.
+        clothing: From `read_clothing`, which else is called.
 
     Raises:
         ValueError: If the files of Fashion-MNIST are missing or damaged.
     """
-    images, labels = _sprites(split)
+    images, labels = _sprites(clothing or read_clothing(), split)
     for number in range(options.count(split)):
         rng = np.random.default_rng([options.seed, SPLITS.index(split), number])
         yield _scene(images, labels, rng, options)
 
 
-def _sprites(split: SplitName, root: Path | None = None) -> tuple[Pixels, NDArray[np.int64]]:
+def _sprites(clothing: Clothing, split: SplitName) -> tuple[Pixels, NDArray[np.int64]]:
     """Images [N, 28, 28] and classes [N] that the objects of a split are taken from."""
-    train, test = read_fashion_mnist(root)
+    train, test = clothing
     source = test if split == "test" else train
     indices = torch.arange(len(source.labels))
     if split != "test":
@@ -165,7 +182,7 @@ def _place(
         canvas[window][shape] = (grey[shape][:, None] * tint).astype(np.uint8)
         instances[window][shape] = number
         edges[window] &= ~shape
-        edges[window] |= (grey >= FAINT) & ~shape
+        edges[window] |= (grey >= FAINT) & (instances[window] == 0)
         return True
     # The first object of a scene lies on an empty canvas: only a blank image finds no place.
     return False
@@ -195,6 +212,3 @@ def tight_box(mask: Mask) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
-
-
-__all__ = ["CLASSES", "SPLITS", "Scene", "SceneOptions", "SplitName", "make_scenes", "tight_box"]

@@ -20,8 +20,18 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from .fashion_mnist import CLASSES
 from .files import CACHE
-from .scenes import CLASSES, SPLITS, Mask, Pixels, Scene, SceneOptions, make_scenes, tight_box
+from .scenes import (
+    SPLITS,
+    Mask,
+    Pixels,
+    Scene,
+    SceneOptions,
+    make_scenes,
+    read_clothing,
+    tight_box,
+)
 
 Layout = Literal["coco", "cityscapes"]
 
@@ -72,11 +82,12 @@ def write_coco(folder: Path, options: SceneOptions) -> None:
         {"id": index + 1, "name": name, "supercategory": "clothing"}
         for index, name in enumerate(CLASSES)
     ]
+    clothing = read_clothing()
     for split in SPLITS:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         (folder / "images" / split).mkdir(parents=True)
-        for number, scene in enumerate(make_scenes(options, split)):
+        for number, scene in enumerate(make_scenes(options, split, clothing)):
             name = f"{number:06d}.png"
             _save(scene.image, folder / "images" / split / name)
             side = {"width": options.size, "height": options.size}
@@ -89,11 +100,12 @@ def write_coco(folder: Path, options: SceneOptions) -> None:
 
 def write_cityscapes(folder: Path, options: SceneOptions) -> None:
     """Writes all splits in the format of Cityscapes into an existing folder."""
+    clothing = read_clothing()
     for split in SPLITS:
         images, masks = (folder / kind / split / CITY for kind in ("leftImg8bit", "gtFine"))
         images.mkdir(parents=True)
         masks.mkdir(parents=True)
-        for number, scene in enumerate(make_scenes(options, split)):
+        for number, scene in enumerate(make_scenes(options, split, clothing)):
             name = f"{CITY}_{number:06d}_000019"
             _save(scene.image, images / f"{name}_leftImg8bit.png")
             _save(label_ids(scene), masks / f"{name}_gtFine_labelIds.png")

@@ -20,6 +20,7 @@ from ..options import check_options
 from ..plugins import plugins
 from ..user_code import import_callable
 from .classification import ClassificationTask
+from .detection import DetectionTask
 from .images import SplitName
 from .meter import Meter
 from .segmentation import SegmentationTask
@@ -27,6 +28,7 @@ from .segmentation import SegmentationTask
 __all__ = [
     "TASKS",
     "ClassificationTask",
+    "DetectionTask",
     "Meter",
     "SegmentationTask",
     "Meter",
@@ -144,6 +146,7 @@ TaskBuilder = Callable[..., Task]
 TASKS: dict[str, TaskBuilder] = {
     "classification": ClassificationTask,
     "segmentation": SegmentationTask,
+    "detection": DetectionTask,
 }
 
 
