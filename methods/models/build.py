@@ -122,7 +122,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that the model takes: those of its first convolution, else 3."""
+    """Channels of the images that the model takes: those of its first convolution, else 3.
+
+    A model whose first convolution sees something else says it as `in_channels`.
+    """
+    if isinstance(own := getattr(model, "in_channels", None), int):
+        return own
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convs, None)
     return 3 if first is None else first.in_channels
