@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,18 @@ def test_the_auxiliary_head_only_trains() -> None:
     smaller = copy.deepcopy(model)
     smaller.auxiliary = nn.Identity()
     assert count_macs(smaller, x) == count_macs(model, x)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_an_exported_graph_gives_the_logits_alone(name: str) -> None:
+    model, x = make_model(name).requires_grad_(False), torch.randn(2, 3, SIZE, SIZE)
+    shapes = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own code
+        graph = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    x = torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x))
 
 
 # --- pruning ---------------------------------------------------------------------------------

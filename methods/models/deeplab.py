@@ -120,14 +120,24 @@ class DeepLabV3(nn.Module):
             [B, num_classes, H, W]; where gradients are taken, these as `out` and those of the
             auxiliary head as `aux`.
         """
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return self._logits(x)[0]
+        out, auxiliary = self._logits(x, auxiliary=True)
+        return {"out": out, "aux": auxiliary}
+
+    def prunable_forward(self, x: Tensor) -> list[Tensor]:
+        """Both outputs: channels are found on them, so that the auxiliary head follows."""
+        return self._logits(x, auxiliary=True)
+
+    def _logits(self, x: Tensor, *, auxiliary: bool = False) -> list[Tensor]:
         size = x.shape[2:]
         features = self.get_submodule("layer2")(self.get_submodule("layer1")(self.stem(x)))
         features = self.get_submodule("layer3")(features)
         deep = self.get_submodule("layer4")(features)
-        out = _enlarged(self.head(self.pyramid(deep)), size)
-        if not torch.is_grad_enabled():
-            return out
-        return {"out": out, "aux": _enlarged(self.auxiliary(features), size)}
+        logits = [_enlarged(self.head(self.pyramid(deep)), size)]
+        if auxiliary:
+            logits.append(_enlarged(self.auxiliary(features), size))
+        return logits
 
 
 def deeplabv3_cityscapes(

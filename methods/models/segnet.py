@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # (width in units, convolutions)
@@ -15,9 +12,7 @@ class SegNet(nn.Module):
 
     Each decoder stage unpools with the indices of the encoder stage of its size, channel by
     channel. So the last convolution of an encoder stage and the one that feeds the decoder stage
-    of that size must keep the same channels. Nothing in the graph of gradients says that: indices
-    have none. `_same_channels` does, and whatever finds coupled channels in that graph, as
-    torch-pruning does, finds these.
+    of that size must keep the same channels: they are pruned together.
 
     Args:
         num_classes: Outputs of a pixel.
@@ -55,10 +50,10 @@ class SegNet(nn.Module):
             x = stage(x)
             size = x.shape[2:]
             x, indices = self.pool(x)
-            pooled.append((x, indices, size))
+            pooled.append((indices, size))
         for stage in [*self.decoder, self.last]:
-            like, indices, size = pooled.pop()
-            x = stage(self.unpool(_same_channels(x, like), indices, output_size=size))
+            indices, size = pooled.pop()
+            x = stage(self.unpool(x, indices, output_size=size))
         logits: Tensor = self.classifier(x)
         return logits
 
@@ -76,23 +71,3 @@ def _stage(entry: int, inside: int, out: int, count: int) -> nn.Sequential:
         onto = out if index == count - 1 else inside
         layers += [nn.Conv2d(into, onto, 3, padding=1), nn.BatchNorm2d(onto), nn.ReLU()]
     return nn.Sequential(*layers)
-
-
-class _SameChannels(torch.autograd.Function):
-    """Its first argument, with both arguments as parents in the graph of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _same_channels(x: Tensor, like: Tensor) -> Tensor:
-    """`x`, which says that its channels belong to those of `like`; free without gradients."""
-    if not torch.is_grad_enabled() or x is like:
-        return x
-    result: Tensor = _SameChannels.apply(x, like)
-    return result
