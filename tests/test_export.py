@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "member"
     return run.export(out, trial="t00000", formats=["onnx", "pt2"])
+
+
+@pytest.fixture(scope="module")
+def plain(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default format, of a run whose dense weights are gone."""
+    folder = tmp_path_factory.mktemp("plain")
+    bare = Run(shutil.copytree(run.folder, folder / "run"))
+    (bare.folder / "weights" / "dense.safetensors").unlink()
+    return bare.export(folder / "member", trial="t00000")
 
 
 @pytest.fixture
@@ -140,15 +150,11 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("form", LOADERS)
-def test_load_py_alone(form: str, exported: Path, run: Run, tmp_path: Path) -> None:
+def test_load_py_alone(form: str, exported: Path, plain: Path, tmp_path: Path) -> None:
     """Each form by its own few lines, in a process without what they do not need."""
-    folder = exported
-    if form == "safetensors":
-        folder = run.export(tmp_path / "plain", trial="t00000")
-        assert {path.name for path in folder.iterdir()} == ALWAYS
     code, needless = LOADERS[form]
     check = f"\nassert not {set(needless)!r} & set(sys.modules), sorted(sys.modules)"
-    outputs = alone(folder, code + check, tmp_path)
+    outputs = alone(plain if form == "safetensors" else exported, code + check, tmp_path)
     with torch.inference_mode():
         images = torch.from_numpy(np.load(tmp_path / "images.npy"))
         expected = load_pruned(exported)(images).numpy()
@@ -185,38 +191,32 @@ def test_a_form_that_cannot_be_written_leaves_nothing(tmp_path: Path, invoke: In
 
 def test_outputs_that_are_not_numbers_leave_nothing(run: Run, tmp_path: Path) -> None:
     """Weights of infinity load, and prove nothing."""
-    import shutil
-
     broken = Run(shutil.copytree(run.folder, tmp_path / "run"))
     path = broken.folder / "weights" / "t00000.safetensors"
     weights = load_file(path)
     weights["fc.bias"][0] = torch.inf
     save_file(weights, path)
     with pytest.raises(ExportError, match="finite"):
-        broken.export(tmp_path / "place" / "out", trial="t00000", formats=["pt2"])
+        broken.export(tmp_path / "place" / "out", trial="t00000")
     assert list((tmp_path / "place").iterdir()) == []
 
 
-def test_without_the_dense_weights_the_card_says_so(run: Run, tmp_path: Path) -> None:
-    import shutil
-
-    bare = Run(shutil.copytree(run.folder, tmp_path / "run"))
-    (bare.folder / "weights" / "dense.safetensors").unlink()
-    folder = bare.export(tmp_path / "out", trial="t00000")
-    assert "not evaluated |" in (folder / "README.md").read_text()
+def test_without_the_dense_weights_the_card_says_so(plain: Path) -> None:
+    assert {path.name for path in plain.iterdir()} == ALWAYS
+    assert "not evaluated |" in (plain / "README.md").read_text()
 
 
 def test_the_command_chooses_and_sums_up(run: Run, tmp_path: Path, invoke: Invoke) -> None:
     out = tmp_path / "exported"
     code, printed, err = invoke(
-        "export", run.folder, "--choose", "fastest under 3 ms", "--format", "onnx",
+        "export", run.folder, "--choose", "fastest under 3 ms", "--format", "pt2",
         "--out", out, "--json",
     )  # fmt: skip
     assert code == 0, err
     summary = json.loads(printed)
     assert summary["trial"] == "t00000" and "95 % interval" in summary["test accuracy"]
-    assert "opset 18" in summary["onnx"] and "eager beside it" in summary["onnx"]
-    assert {path.name for path in out.iterdir()} == ALWAYS | {"model.onnx"}
+    assert "model.pt2: difference" in summary["pt2"] and "eager beside it" in summary["pt2"]
+    assert {path.name for path in out.iterdir()} == ALWAYS | {"model.pt2"}
     code, _, err = invoke("export", run.folder, "--knee", "--out", out)
     assert code == 2 and "--out" in err
 
