@@ -37,6 +37,7 @@ from .cli_common import (
 from .cli_front import export, front, query
 from .cli_jobs import follow, job_server, remote_status, stop, submit
 from .cli_names import datasets, doctor, methods, models, schema
+from .cli_report import report
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
@@ -264,6 +265,7 @@ def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -
 
 for _command in (
     front, export, query, submit, follow, stop, cache, methods, models, datasets, schema, doctor,
+    report,
 ):  # fmt: skip
     app.command()(_command)
 

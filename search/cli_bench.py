@@ -298,6 +298,32 @@ def bench_export_command(
     out.print_json(json.dumps(result)) if as_json else print_wide(export_table(result))
 
 
+@bench.command("report")
+def bench_report_command(
+    trials: Annotated[int, typer.Option(min=10, max=99_999, help="Invented trials.")] = 10_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the page is opened.")] = 5,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.md", help="Where the table goes, too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how soon the report of many trials shows in Chromium, and how fast it answers."""
+    from .bench.report import bench_report, report_markdown
+    from .runs import check_writable
+    from .store import atomic_write_bytes
+
+    if out_file is not None:
+        check_writable(out_file)
+    result = bench_report(trials, rounds)
+    text = report_markdown(result)
+    if out_file is not None:
+        atomic_write_bytes(out_file, text.encode())
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _numbers(
     option: str, text: str, low: int, high: int, example: str, *, none: bool = False
 ) -> list[int]:

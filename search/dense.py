@@ -16,6 +16,7 @@ from torch import nn
 from ..methods.finetune import finetune
 from ..methods.measure import count_macs, count_params, peak_memory_mib
 from ..methods.shapes import copy_state, load_state
+from ..methods.surgery import layer_widths
 from .cache import Made, Say, open_cache, sharing_here
 from .config import DEFAULT_PROBE, ConfigError
 from .metrics import further
@@ -37,6 +38,7 @@ class Baseline:
         probe: The probe's hardware, driver and library versions.
         latency_by_probe: The same two of each named probe.
         metrics: The task's further figures.
+        widths: Output channels of every convolution and linear layer, in module order.
     """
 
     accuracy: float
@@ -51,6 +53,7 @@ class Baseline:
     probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     latency_by_probe: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def references(self) -> dict[str, float]:
@@ -100,6 +103,7 @@ def prepare_dense(problem: Problem, run_dir: Path, say: Say) -> Baseline:
         epochs=0 if config.model.checkpoint else config.baseline.epochs,
         train_s=seconds,
         metrics=further(metrics),
+        widths=layer_widths(model),
     )
     baseline.write(run_dir)
     say(f"dense model: accuracy {baseline.accuracy:.4f} on val, {source}")

@@ -56,6 +56,7 @@ _Number = Annotated[float | None, Field(strict=True)]
 @dataclasses.dataclass
 class _OfProbe:
     latency_ms: _Number
+    probe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -68,8 +69,10 @@ class _Measured:
     num_params: _Number = None
     peak_memory_mib: _Number = None
     latency_ms: _Number = None
+    probe: dict[str, Any] = dataclasses.field(default_factory=dict)
     latency_by_probe: dict[str, _OfProbe] = dataclasses.field(default_factory=dict)
     metrics: dict[str, _Number] = dataclasses.field(default_factory=dict)
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
