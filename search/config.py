@@ -791,6 +791,9 @@ class SearchConfig(_Section):
         examples=["{edge: {threads: 4}}"],
     )
     cache: CacheConfig = Field(default_factory=CacheConfig)
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)
+    ] = Field(default=(), description="who hears of each trial, beside the ledger")
     ablate: AblateConfig = Field(default_factory=AblateConfig)
 
     @property

@@ -35,6 +35,7 @@ from .records import TrialResult
 from .remote import Remote, is_uri, join
 from .storage import contents, driving, fetch, opened
 from .store import Store, atomic_write_bytes, read_as, read_json, sweep_unfinished, write_json
+from .trackers import Reports, check_trackers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -439,6 +440,7 @@ def _execute(
     progress = progress or Progress.silent()
     place = place if is_uri(place) else Path(place).absolute()  # Ray's workers start elsewhere
     folder = folder_of(place)
+    check_trackers(config)
     clock, warnings = _Clock(), ignored_settings(config)
     new = allow_space_change is None
     resources = probe_resources(config).values()
@@ -505,9 +507,18 @@ def _execute(
             seeds = default_seeds(space, config, table, costs)
         hints = hints_of(costs, table)
 
+        reports = Reports(config, folder, progress.say)
+        run_folder.callback(reports.close)
+
         def recorded(result: TrialResult) -> None:
             session.changed()
             progress.finished(result)
+            reports.trial(
+                result,
+                coordinator.front,
+                hypervolume=coordinator.hypervolume,
+                trials=len(coordinator.results),
+            )
 
         coordinator = Coordinator(config, space, baseline, folder, recorded, seeds, hints)
         session.then(coordinator.abandon)

@@ -26,6 +26,7 @@ from .yaml_source import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+FRONT = "front.parquet"  # in the run folder
 RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
 SCHEMA_VERSION = 4  # 2: accuracy_by_fidelity; 3: latency_ms_by_probe, speedup_by_probe; 4: metrics
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them
@@ -168,7 +169,7 @@ class Store:
     def write_front(self, results: Iterable[TrialResult]) -> Path:
         """Write `front.parquet`: the same columns, `on_front` set."""
         rows = [dataclasses.replace(result, on_front=True) for result in results]
-        path = self.run_dir / "front.parquet"
+        path = self.run_dir / FRONT
         atomic_write_bytes(path, _encode(rows))
         return path
 
