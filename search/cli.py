@@ -38,6 +38,7 @@ from .cli_front import export, front, query
 from .cli_jobs import follow, job_server, remote_status, stop, submit
 from .cli_names import datasets, doctor, methods, models, schema
 from .cli_report import report
+from .cli_serve import serve
 from .yaml_source import ConfigError
 
 if TYPE_CHECKING:
@@ -264,8 +265,8 @@ def check(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -
 
 
 for _command in (
-    front, export, query, submit, follow, stop, cache, methods, models, datasets, schema, doctor,
-    report,
+    front, export, query, submit, follow, stop, serve, cache, methods, models, datasets, schema,
+    doctor, report,
 ):  # fmt: skip
     app.command()(_command)
 

@@ -188,6 +188,33 @@ def bench_kills_command(
     out.print_json(json.dumps(result)) if as_json else out.print(text)
 
 
+@bench.command("serve")
+def bench_serve_command(
+    config: ConfigFile,
+    clients: Annotated[int, typer.Option(min=1, help="Readers.")] = 200,
+    streams: Annotated[int, typer.Option(min=1, max=64, help="Event streams.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Searches alone and with readers.")] = 3,
+    pause_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two requests of a reader.")
+    ] = 5.0,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load the live page with readers while a search runs, beside the same search alone."""
+    search = load(config, set_ or [])
+    from .bench.serve import bench_serve, serve_table
+
+    result = bench_serve(
+        search,
+        lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True),
+        clients=clients,
+        streams=streams,
+        rounds=rounds,
+        pause_s=pause_s,
+    )
+    out.print_json(json.dumps(result)) if as_json else print_wide(serve_table(result))
+
+
 @bench.command("front")
 def bench_front_command(
     config: ConfigFile,

@@ -90,13 +90,14 @@ def _line(mistake: dict[str, Any], root: type[BaseModel], source: Source) -> str
     else:
         info = _field(root, loc)
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        rule = _rule(kind, {**context, "choices": ", ".join(choices)})
+        rule = rule_of(kind, {**context, "choices": ", ".join(choices)})
         rule += f": it is {info.description}" if info and info.description else ""
         fix = f"{nearest(str(value), choices)} {_fix(info)}".strip()
     return f"{source.where(loc)}: `{dotted(loc)}` (={show(value)}) must {rule}. {fix}".rstrip()
 
 
-def _rule(kind: str, context: Mapping[str, Any]) -> str:
+def rule_of(kind: str, context: Mapping[str, Any]) -> str:
+    """What a value must do, for one kind of pydantic's errors."""
     if kind in _RULES:
         return _RULES[kind].format(**context)
     return f"be {_TYPES.get(kind.partition('_')[0], 'valid')}"

@@ -210,6 +210,11 @@ def to_table(results: Sequence[TrialResult]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(result) for result in results], schema=SCHEMA)
 
 
+def replaces(row: TrialResult, other: TrialResult) -> bool:
+    """Whether `row` is kept, and not `other`: a row of the same trial that was written before."""
+    return _newness(row) >= _newness(other)
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, even after a crash."""
     path = Path(path)
@@ -382,7 +387,7 @@ def _check(row: TrialResult) -> None:
 def _merge(parts: Mapping[Path, list[TrialResult]]) -> list[TrialResult]:
     rows: dict[str, TrialResult] = {}
     for row in chain.from_iterable(parts.values()):
-        if row.trial_id not in rows or _newness(row) >= _newness(rows[row.trial_id]):
+        if row.trial_id not in rows or replaces(row, rows[row.trial_id]):
             rows[row.trial_id] = row
     return [rows[trial_id] for trial_id in sorted(rows)]
 
