@@ -92,6 +92,10 @@ def _mistake(one: Mapping[str, Any]) -> str:
     place = ".".join(str(part) for part in one["loc"][1:]) or str(one["loc"][0])
     if kind == "missing":
         return f"`{place}` must be given: it has no default. Add it."
+    if kind == "extra_forbidden":
+        return (
+            f"`{place}` (={show(one['input'])}) must be left out: there is no such key. Delete it."
+        )
     if kind == "json_invalid":
         return f"`body` must be JSON: {context.get('error', 'it cannot be parsed')}. Correct it."
     rule = rule_of(kind, {**context, "choices": context.get("expected", "")})

@@ -130,7 +130,7 @@ def test_pages_are_whole_and_accessible(
     for name, path in PAGES.items():
         page = ready(new_page(service + path, width, scheme, csp=False))
         if name == "run":
-            expect(page.locator(".chart a").first).to_be_attached()
+            expect(page.locator(".plot a").first).to_be_attached()
             page.locator("summary", has_text="as a table").click()
         page.wait_for_timeout(400)  # the charts are drawn after a pause
         page.screenshot(path=shots / f"{name}-{look}.png", full_page=True)
@@ -145,7 +145,7 @@ def test_a_run_shows_its_front_and_its_texts_as_texts(service: str, new_page: Op
     page = ready(new_page(f"{service}/runs/one"))
     expect(page.locator("h1")).to_have_text("one")
     expect(page.locator(".badge").first).to_have_text("finished")
-    members = page.locator(".chart a")
+    members = page.locator(".plot a")
     expect(members.first).to_be_visible()
     before = members.count()
     page.get_by_label("across").select_option("num_params")
@@ -207,7 +207,7 @@ def _hovered(page: Page, x: float, y: float) -> bool:
 
 def test_everything_can_be_reached_by_keyboard(service: str, new_page: Open) -> None:
     page = ready(new_page(f"{service}/runs/one"))
-    expect(page.locator(".chart a").first).to_be_attached()
+    expect(page.locator(".plot a").first).to_be_attached()
     page.keyboard.press("Tab")
     expect(page.locator(".skip")).to_be_focused()
     page.keyboard.press("Enter")
@@ -247,7 +247,7 @@ def test_the_token_is_asked_for(results: Path, new_page: Open) -> None:
         page.get_by_label("Token").fill(TOKEN)
         page.keyboard.press("Enter")
         expect(page.locator("h1")).to_have_text("one")
-        expect(page.locator(".chart a").first).to_be_attached()  # events take the cookie
+        expect(page.locator(".plot a").first).to_be_attached()  # events take the cookie
         (cookie,) = page.context.cookies()
         assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
         page.get_by_role("button", name="Log out").click()
@@ -303,7 +303,7 @@ def _refuse_a_wrong_config(page: Page) -> None:
 
 
 def _export(page: Page, shots: Path, folder: Path) -> None:
-    page.locator(".chart a").last.click()
+    page.locator(".plot a").last.click()
     page.get_by_role("button", name="Export").click()
     link = page.get_by_role("link", name="Download")
     expect(link).to_be_visible(timeout=WAIT_MS)

@@ -16,7 +16,7 @@ const PAGES = [
   [/^\/runs\/([^/]+)\/trials\/([^/]+)$/, "runs", showTrial],
 ];
 const KEYS = { r: "/", c: "/compare", n: "/new" };
-const TARGETS = { f: ".chart a", t: "#trials button, #trials a" };
+const TARGETS = { f: ".plot a", t: "#trials button, #trials a" };
 const main = document.getElementById("main");
 
 async function show() {

@@ -35,17 +35,21 @@ export function scrolling(label, table) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
 }
 
+let choices = 0;
+
 /** A labelled select; `options` are texts or [value, text]. */
 export function choice(label, options, value, change) {
+  choices += 1;
+  const id = `choice-${choices}`;
   const select = h(
     "select",
-    { on: { change: () => change(select.value) } },
+    { id, on: { change: () => change(select.value) } },
     ...options.map((one) => {
       const [key, text] = Array.isArray(one) ? one : [one, one];
       return h("option", { value: key, selected: key === value }, text);
     }),
   );
-  return h("label", { class: "field" }, h("span", {}, label), select);
+  return h("div", { class: "field" }, h("label", { for: id }, label), select);
 }
 
 function fill(element, attributes, children) {
