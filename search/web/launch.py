@@ -400,7 +400,7 @@ class Launcher:
 def code_of(config: SearchConfig) -> list[str]:
     """The names in a config that import a module and call what is in it."""
     names = [config.model.name, config.data.name, *config.space.criterion_names]
-    names.append(str(getattr(config, "task", None) or ""))
+    names += [config.task.name] if config.task is not None else []
     return [name for name in names if ":" in name and name.partition(":")[0] not in SOURCES]
 
 

@@ -31,7 +31,7 @@ from .problems import ProblemError
 
 SHOWN = frozenset(
     {"trial_id", "status", "criterion", "message", "fidelity", "candidate", "dropped_blocks"}
-    | {"widths", "accuracy_by_fidelity", "recipe", "weights"}
+    | {"widths", "accuracy_by_fidelity", "recipe", "weights", "metrics"}
 )
 """Columns of the ledger that a trial's description has under names of its own."""
 
@@ -121,8 +121,9 @@ def trial_detail(snapshot: Snapshot, name: str, trial_id: str) -> TrialDetail:
     row = _row(snapshot, snapshot.points[trial_id][1])
     others = {k: v for k, v in dataclasses.asdict(result).items() if k not in SHOWN}
     return TrialDetail(
-        **row.model_dump(exclude={"message"}),
+        **row.model_dump(exclude={"message", "metrics"}),
         message=result.message,
+        metrics={**row.metrics, **result.metrics},
         candidate=json.loads(result.candidate),
         dropped_blocks=result.dropped_blocks,
         widths=result.widths,

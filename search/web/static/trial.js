@@ -32,7 +32,8 @@ export async function showTrial(main, name, id) {
 }
 
 function measured(trial, run) {
-  const known = run.metrics.filter((m) => m in trial.metrics || m in run.baseline);
+  const further = Object.keys(trial.metrics).filter((m) => !run.metrics.includes(m)); // of the task
+  const known = run.metrics.filter((m) => m in trial.metrics || m in run.baseline).concat(further);
   const relative = (m) => {
     const [mine, dense] = [trial.metrics[m], run.baseline[m]];
     return mine === undefined || !dense || m === "speedup" ? "" : `${((mine / dense) * 100).toFixed(1)} %`;
