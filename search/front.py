@@ -96,6 +96,7 @@ class Front:
         self._reference = _costs([reference], self._maximize)[0]
         self._key = min(1, len(objectives) - 1)
         self._members: list[tuple[tuple[float, ...], TrialResult]] = []
+        self._costs = np.empty((0, len(self._maximize)))
         self.hypervolume = 0.0
 
     @property
@@ -108,22 +109,27 @@ class Front:
         if not _measured([result], self._objectives):
             return False
         cost = tuple(_costs(points_of([result], self._objectives), self._maximize)[0].tolist())
-        name = result.trial_id
-        if any(_covers(c, cost) and (c != cost or r.trial_id < name) for c, r in self._members):
+        if self._covers(cost, result.trial_id):
             return False
         self.hypervolume += self._gain(cost)
         self._members = [(c, r) for c, r in self._members if not _covers(cost, c)]
         bisect.insort(self._members, (cost, result), key=self._order)
+        self._costs = np.array([c for c, _ in self._members])
         return True
+
+    def _covers(self, cost: tuple[float, ...], name: str) -> bool:
+        """Whether a member is no worse in any objective; of equal ones the first name counts."""
+        no_worse = np.flatnonzero((self._costs <= np.asarray(cost)).all(axis=1))
+        members = (self._members[index] for index in no_worse)
+        return any(c != cost or member.trial_id < name for c, member in members)
 
     def _gain(self, cost: tuple[float, ...]) -> float:
         """Volume that only `cost` dominates: its own box less what the members have of it."""
         point = np.asarray(cost)
         if not (point < self._reference).all():
             return 0.0
-        others = [np.maximum(c, point) for c, _ in self._members]
-        inside = [other for other in others if (other < self._reference).all()]
-        shared = np.asarray(inside).reshape(-1, len(point))
+        others = np.maximum(self._costs, point)
+        shared = others[(others < self._reference).all(axis=1)]
         return float((self._reference - point).prod()) - _volume(shared, self._reference)
 
     def _order(self, member: tuple[tuple[float, ...], TrialResult]) -> tuple[float, str]:
@@ -302,11 +308,14 @@ def _volume(costs: Array, reference: Array) -> float:
     """Hypervolume of costs (less is better) that are all below the reference point."""
     if len(costs) == 0:
         return 0.0
-    costs = costs[non_dominated(costs, [False] * len(reference))]
     if len(reference) == 1:
         return float(reference[0] - costs[:, 0].min())
+    if len(reference) > 2:
+        costs = costs[non_dominated(costs, [False] * len(reference))]
     costs = costs[np.lexsort(costs.T[::-1])]
     if len(reference) == 2:
+        lowest = np.minimum.accumulate(costs[:, 1])
+        costs = costs[np.append(True, costs[1:, 1] < lowest[:-1])]  # the non-dominated ones
         ceilings = np.concatenate([reference[1:], costs[:-1, 1]])
         return float(((reference[0] - costs[:, 0]) * (ceilings - costs[:, 1])).sum())
     return sum(

@@ -468,9 +468,9 @@ def test_who_does_not_read_is_dropped(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(watch, "TAKEN_WITHIN_S", 0.3)
     folder = make_run(tmp_path, "large", 1)
     draw = random.Random(0)
-    rows = [make_row(n, draw) for n in range(1, 12_000)]
+    rows = [make_row(n, draw) for n in range(1, 4_000)]
     write_rows(Store(folder), rows)
-    with serving(tmp_path) as served, socket.socket() as slow:
+    with serving(tmp_path, buffer=4096) as served, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", served.port))
         slow.sendall(b"GET /api/v1/runs/large/events HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -55,7 +55,7 @@ def make_run(results: Path, name: str, trials: int = 30, *, seed: int = 0) -> Pa
 
 def make_row(number: int, draw: random.Random) -> TrialResult:
     """One trial; its figures look like those of a search."""
-    keep = 1.0 if number == 0 else draw.uniform(0.2, 1.0)
+    keep = 1.0 if number == 0 else round(draw.uniform(0.2, 1.0), 2)
     status = TrialStatus.COMPLETED
     if number % 11 == 5:
         status = TrialStatus.FAILED
@@ -119,9 +119,11 @@ class Served:
 
 
 @contextmanager
-def serving(results: Path, **settings: Any) -> Iterator[Served]:
-    """The service on a free loopback port, in a thread."""
+def serving(results: Path, *, buffer: int | None = None, **settings: Any) -> Iterator[Served]:
+    """The service on a free loopback port, in a thread; `buffer` bounds what the system keeps."""
     with socket.socket() as listener:
+        if buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         listener.bind(("127.0.0.1", 0))
         listener.listen(200)
         port = listener.getsockname()[1]

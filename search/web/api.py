@@ -188,6 +188,7 @@ def _add_runs(router: APIRouter, service: Service) -> None:
 
     @router.get(
         "/runs/{name}/events",
+        status_code=200,
         summary="Follow a run",
         tags=["runs"],
         response_class=EventStream,

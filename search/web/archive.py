@@ -18,7 +18,7 @@ def zipped(folder: Path) -> Iterator[bytes]:
     Files are stored, not compressed: weights hardly shrink. Links are left out.
     """
     sink = _Sink()
-    with zipfile.ZipFile(sink, "w") as archive:  # type: ignore[arg-type]  # it writes only
+    with zipfile.ZipFile(sink, "w") as archive:  # it writes only
         for path in files_of(folder):
             name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
             entry = zipfile.ZipInfo(name, EPOCH)

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SearchConfig
-from ..early_stop import ladder_of
 from ..front import Front, reference_point
 from ..locks import LOCK, SILENT_S, FileSign, Owner, in_use
 from ..metrics import dense_value, metrics_of
 from ..records import TrialResult, TrialStatus, is_uniform
 from ..runs import BASELINE, CONFIG, Run
-from ..store import Store, read_results, replaces
+from ..store import RUNGS, Store, read_results, replaces
 from .models import Failure, RunSummary, State, VolumeStep
 
 FRESH_S = 0.5  # a snapshot so young is not looked at again
@@ -130,7 +129,6 @@ class _Read:
     began: float | None = None
     ended: int = 0
     looked: float = 0.0
-    quiet: tuple[int, bool] = (-1, False)
 
 
 class Ledger:
@@ -360,11 +358,9 @@ def _state(read: _Read, folder: Path) -> tuple[State, str]:
         owner = Owner.parse(FileSign(lock).read())
         if owner is not None and _drives(owner, folder):
             return "running", str(owner)
-    if read.quiet[0] != read.version:
-        waits = ladder_of(read.config, read.rows.values()).num_promotable
-        done = len(read.rows) >= read.config.search.trials and not waits
-        read.quiet = (read.version, done)
-    return ("finished" if read.quiet[1] else "interrupted"), ""
+    waits = next((folder / RUNGS).glob("t*.*"), None)  # checkpoints go when nobody will go on
+    done = len(read.rows) >= read.config.search.trials and waits is None
+    return ("finished" if done else "interrupted"), ""
 
 
 def _drives(owner: Owner, folder: Path) -> bool:
