@@ -31,13 +31,12 @@ def non_dominated(points: npt.ArrayLike, maximize: Sequence[bool]) -> Mask:
         Mask, [num_points]. Of equal points only the first is on the front.
     """
     costs = _costs(points, maximize)
-    mask: Mask = np.asarray(~np.isnan(costs).any(axis=1))
-    for index in np.flatnonzero(mask):
-        others = costs[mask]
-        no_worse = (others <= costs[index]).all(axis=1)
-        better = (others < costs[index]).any(axis=1)
-        earlier = np.flatnonzero(mask) < index
-        mask[index] = not (no_worse & (better | earlier)).any()
+    mask: Mask = np.zeros(len(costs), dtype=bool)
+    left = np.flatnonzero(~np.isnan(costs).any(axis=1))
+    left = left[np.lexsort(costs[left].T[::-1])]  # stable: of equal points the first comes first
+    while len(left):  # nothing that is left dominates the first
+        mask[left[0]] = True
+        left = left[(costs[left] < costs[left[0]]).any(axis=1)]
     return mask
 
 

@@ -36,6 +36,7 @@ PAGES = {
 }
 LOOKS = {"light": (1280, "light"), "dark": (1280, "dark"), "narrow": (360, "light")}
 WAIT_MS = 240_000
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 // Scatter plots and steps: canvas for many points, SVG for axes and for what can be focused.
 
 import { h, put, s } from "/static/dom.js";
+import { short, volume } from "/static/format.js";
 
 const MARGIN = { left: 62, right: 18, top: 14, bottom: 46 };
 const REACH = 14; // pixels around the pointer in which a point is meant
@@ -171,7 +172,7 @@ export class Steps {
   set(points, xName, yName) {
     this.data = [points, xName, yName];
     const last = points.at(-1);
-    if (last) this.svg.setAttribute("aria-label", `${yName}: ${last[1].toFixed(4)} at ${last[0]} ${xName}`);
+    if (last) this.svg.setAttribute("aria-label", `${yName}: ${volume(last[1])} at ${last[0]} ${xName}`);
     this.#draw();
   }
 
@@ -209,7 +210,7 @@ function scaleOf(values, from, to, most) {
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const ticks = [];
   for (let n = Math.ceil(first / step - 1e-9); n * step <= last; n += 1) {
-    ticks.push([n * step, (n * step).toFixed(digits)]);
+    ticks.push([n * step, step < 1e4 ? (n * step).toFixed(digits) : short(n * step)]);
   }
   return { ticks, at: (value) => from + ((value - first) / (last - first)) * (to - from) };
 }

@@ -3,7 +3,7 @@
 import { ask } from "/static/api.js";
 import { Scatter } from "/static/chart.js";
 import { announce, choice, complaint, h, put, scrolling } from "/static/dom.js";
-import { plural, title } from "/static/format.js";
+import { plural, title, volume } from "/static/format.js";
 import { cells, pointOf } from "/static/pareto.js";
 import { nameOf } from "/static/run.js";
 
@@ -66,7 +66,7 @@ function draw(found, scatter, table) {
   const rows = [
     ["trials finished", (run) => String(run.finished)],
     ["front members", (run) => String(run.members.length)],
-    ["hypervolume, one reference point", (run) => run.hypervolume?.toFixed(4) ?? "not yet"],
+    ["hypervolume, one reference point", (run) => volume(run.hypervolume)],
     ["share of the other front that it covers", (run) => (run.covers === null ? "" : `${(run.covers * 100).toFixed(0)} %`)],
   ];
   put(table,

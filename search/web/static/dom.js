@@ -32,7 +32,7 @@ export function complaint(error) {
 
 /** A table in a box that scrolls sideways, also by keyboard. */
 export function scrolling(label, table) {
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${label}, table` }, table);
 }
 
 let choices = 0;

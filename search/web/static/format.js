@@ -37,6 +37,17 @@ export function quantity(metric, value) {
   return text && `${text} ${axis(metric).unit}`.trim();
 }
 
+/** A hypervolume: small ones with four digits behind the point, those of large units shortened. */
+export function volume(value) {
+  if (value === null || value === undefined) return "not yet";
+  return value < 1000 ? value.toFixed(4) : short(value);
+}
+
+/** A large number in a few digits: 9.407M. */
+export function short(value) {
+  return new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 }).format(value);
+}
+
 export function seconds(value) {
   if (value === null || value === undefined) return "";
   if (value < 120) return `${value.toFixed(value < 10 ? 1 : 0)} s`;

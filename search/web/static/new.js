@@ -7,10 +7,10 @@ import { figure, plural, title } from "/static/format.js";
 const COSTS = ["latency_ms", "macs", "num_params", "peak_memory_mib"];
 const CRITERIA = ["magnitude_l1", "taylor", "fgp", "random"];
 
-export async function showNew(main) {
+export function showNew(main) {
   document.title = "New search · prune-search";
   const page = new NewPage(main);
-  page.suggest(await ask("/options"));
+  ask("/options").then((options) => page.suggest(options)).catch(() => {}); // names can be typed
 }
 
 class NewPage {

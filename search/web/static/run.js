@@ -3,7 +3,7 @@
 import { ask, follow } from "/static/api.js";
 import { Scatter, Steps } from "/static/chart.js";
 import { announce, choice, complaint, h, put, scrolling } from "/static/dom.js";
-import { axis, moment, plural, seconds, title, words } from "/static/format.js";
+import { axis, moment, plural, seconds, title, volume, words } from "/static/format.js";
 import { cells, frontOf, kindOf, pointOf } from "/static/pareto.js";
 import { TrialTable } from "/static/table.js";
 
@@ -148,7 +148,7 @@ class RunPage {
     const fact = (label, value) => h("div", {}, h("dt", {}, label), h("dd", {}, value));
     put(this.figures,
       fact("front", plural(run.front.length, "member")),
-      fact("hypervolume", run.hypervolume?.toFixed(4) ?? "not yet"),
+      fact("hypervolume", volume(run.hypervolume)),
       fact("dense accuracy", run.baseline.accuracy === undefined ? "not yet" : `${(run.baseline.accuracy * 100).toFixed(2)} %`),
       fact("fastest within 1 %", this.#near()),
       fact("last trial", moment(run.updated_at) || "none yet"));

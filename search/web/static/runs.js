@@ -2,7 +2,7 @@
 
 import { ask } from "/static/api.js";
 import { announce, complaint, h, put, scrolling } from "/static/dom.js";
-import { moment, plural, seconds, words } from "/static/format.js";
+import { moment, plural, seconds, volume, words } from "/static/format.js";
 
 const EVERY_MS = 3000;
 
@@ -51,7 +51,7 @@ function line(run) {
     h("td", {}, run.model && `${run.model} on ${run.data}`),
     done,
     h("td", { class: "number" }, run.trials ? String(run.front.length) : ""),
-    h("td", { class: "number" }, run.hypervolume?.toFixed(4) ?? ""),
+    h("td", { class: "number" }, run.trials ? volume(run.hypervolume) : ""),
     h("td", {}, moment(run.updated_at)),
     h("td", {}, run.seconds_left === null ? "" : `about ${seconds(run.seconds_left)}`));
 }

@@ -56,14 +56,14 @@ function tried(trial) {
   const rows = Object.entries(candidate).filter(([key, value]) => !NOT_CHOICES.includes(key) && value !== null);
   const keep = Object.entries(candidate.keep ?? {});
   return [
-    h("table", {}, h("tbody", {},
+    scrolling("What was tried", h("table", {}, h("tbody", {},
       rows.map(([key, value]) => h("tr", {}, h("th", { scope: "row" }, words(key)),
         h("td", {}, typeof value === "object" ? JSON.stringify(value) : String(value)))),
       h("tr", {}, h("th", { scope: "row" }, "blocks dropped"),
-        h("td", {}, trial.dropped_blocks.join(", ") || "none")))),
+        h("td", {}, trial.dropped_blocks.join(", ") || "none"))))),
     keep.length > 0 && h("details", {}, h("summary", {}, "Fraction kept, by group"),
-      h("table", {}, h("tbody", {}, keep.map(([group, share]) => h("tr", {},
-        h("th", { scope: "row" }, group), h("td", { class: "number" }, share.toFixed(3))))))),
+      scrolling("Fraction kept", h("table", {}, h("tbody", {}, keep.map(([group, share]) => h("tr", {},
+        h("th", { scope: "row" }, group), h("td", { class: "number" }, share.toFixed(3)))))))),
     h("details", {}, h("summary", {}, "The whole candidate"),
       h("pre", { tabindex: 0, "aria-label": "The whole candidate" }, JSON.stringify(candidate, null, 2))),
   ].filter(Boolean);
@@ -89,9 +89,9 @@ function times(trial) {
   const all = spent.reduce((sum, [, value]) => sum + value, 0) || 1;
   const { host, device, started_at: from, finished_at: to } = trial.columns;
   return [
-    h("table", {}, h("tbody", {}, spent.map(([label, value]) => h("tr", {},
+    scrolling("Where the time went", h("table", {}, h("tbody", {}, spent.map(([label, value]) => h("tr", {},
       h("th", { scope: "row" }, label), h("td", { class: "number" }, seconds(value)),
-      h("td", {}, bar(value / all)))))),
+      h("td", {}, bar(value / all))))))),
     h("p", { class: "muted small" },
       [host && `on ${host} (${device})`, from && `from ${moment(from)}`, to && `to ${moment(to)}`].filter(Boolean).join(", ")),
   ];
@@ -132,7 +132,7 @@ function exported(made) {
   const size = Object.values(made.files).reduce((sum, count) => sum + count, 0);
   const facts = Object.entries(made.summary).filter(([, value]) => typeof value !== "object");
   return h("div", { class: "chart" },
-    h("table", {}, h("tbody", {}, facts.map(([key, value]) => h("tr", {},
-      h("th", { scope: "row" }, words(key)), h("td", {}, String(value)))))),
+    scrolling("What was exported", h("table", {}, h("tbody", {}, facts.map(([key, value]) => h("tr", {},
+      h("th", { scope: "row" }, words(key)), h("td", {}, String(value))))))),
     h("p", {}, h("a", { class: "button main", href: made.url, download: "" }, `Download (${bytes(size)})`)));
 }
