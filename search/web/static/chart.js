@@ -230,8 +230,10 @@ function axes(across, up, box, x, y) {
   });
   const middle = (box.top + box.bottom) / 2;
   return s("g", { "aria-hidden": "true" }, ...lines, ...columns,
-    s("text", { class: "name", x: (box.left + box.right) / 2, y: box.bottom + 39, "text-anchor": "middle" }, x.name),
-    s("text", { class: "name", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, y.name));
+    s("text", { class: "name", x: (box.left + box.right) / 2, y: box.bottom + 39, "text-anchor": "middle" },
+      box.right - box.left < 300 ? (x.short ?? x.name) : x.name),
+    s("text", { class: "name", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` },
+      box.bottom - box.top < 300 ? (y.short ?? y.name) : y.name));
 }
 
 function trace(context, shape, x, y, r) {

@@ -317,5 +317,6 @@ function axesOf(run) {
 /** An axis: its text, with the better direction, and the factor to its unit. */
 export function nameOf(metric, directions) {
   const better = directions[metric] === "maximize" ? "higher" : "lower";
-  return { name: `${title(metric)}, ${better} is better`, scale: axis(metric).scale };
+  const short = title(metric);
+  return { name: `${short}, ${better} is better`, short, scale: axis(metric).scale };
 }
