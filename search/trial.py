@@ -123,7 +123,9 @@ def _reuse(spec: TrialSpec, context: TrialContext, outcome: TrialOutcome) -> boo
     if spec.row is None:
         with _clock(result, "measure_s"):
             _measure_latency(outcome.recipe, context, result)
-    _report(result, info["row"], context, FULL_FIDELITY, info["row"]["epochs"])
+    row = info["row"]
+    figures = {"accuracy": row["accuracy"], "loss": row["loss"], **row["metrics"]}
+    _report(result, figures, context, FULL_FIDELITY, row["epochs"])
     result.message = "; ".join(filter(None, [result.message, f"reused: {info['source']}"]))
     return True
 
