@@ -204,3 +204,22 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     pool, _ = read_coco(root)
     assert pool.read(torch.arange(6), 24).shape == (6, 3, 24, 24)
     assert np.array_equal(pool.read(torch.tensor([4]), 24)[0, :, 0, 0], [114, 114, 114])
+
+
+def test_a_jpeg_that_is_decoded_smaller_keeps_its_boxes(tmp_path):
+    """427 x 641 pixels: half of it, as the decoder rounds, has another shape than the whole."""
+    root = write(tmp_path)
+    image = Image.new("RGB", (427, 641), (100, 100, 100))
+    image.paste(RED, (107, 160, 320, 480))
+    image.save(root / "train" / "big.jpg", quality=95)
+    coco = content()
+    coco["images"] = [{"id": 10, "file_name": "big.jpg", "width": 427, "height": 641}]
+    coco["annotations"] = [{"image_id": 10, "category_id": 3, "bbox": [107, 160, 213, 320]}]
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(coco))
+    pool, _ = read_coco(root)
+    first = torch.tensor([0])
+    (target,) = unpack_boxes(pool.targets(first, 64))
+    pixels = pool.read(first, 64)[0].int()
+    where = ((pixels[0] - pixels[2]) > 95).nonzero()
+    found = [*where.amin(0).flip(0).tolist(), *(where.amax(0) + 1).flip(0).tolist()]
+    assert target["boxes"][0].tolist() == pytest.approx(found, abs=1.01)

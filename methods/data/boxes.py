@@ -184,7 +184,7 @@ def _decode(image: BoxImage, size: int) -> NDArray[np.uint8]:
         ) from error
     if image.window is not None:
         picture = picture.crop(image.window)
-    left, top, wide, high = letterbox(*picture.size, size)
+    left, top, wide, high = letterbox(*_extent(image), size)
     canvas = Image.new("RGB", (size, size), (PAD, PAD, PAD))
     if picture.size != (wide, high):
         picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
@@ -208,9 +208,13 @@ def _read_rows(images: Sequence[BoxImage], size: int) -> Tensor:
 
 def _on_canvas(image: BoxImage, size: int) -> NDArray[np.float32]:
     """The boxes [n, 4] as the letterboxed image has them."""
-    width, height = image.size
-    if image.window is not None:
-        width, height = image.window[2] - image.window[0], image.window[3] - image.window[1]
+    width, height = _extent(image)
     left, top, wide, high = letterbox(width, height, size)
     scale = np.array([wide / width, high / height] * 2, np.float32)
     return image.boxes * scale + np.array([left, top] * 2, np.float32)
+
+
+def _extent(image: BoxImage) -> tuple[int, int]:
+    """Width and height of what is shown of a file."""
+    left, top, right, bottom = image.window or (0, 0, *image.size)
+    return right - left, bottom - top
