@@ -40,7 +40,8 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
     round_to = config.space.keep.round_to
     widths = {k: effective_widths(problem.plan.groups, k, round_to) for k in LEVELS}
     data = task.data
-    macs_range, exact = _macs_range(problem, space, example)
+    dense = count_macs(model, example)
+    macs_range, exact = _macs_range(problem, space, example, dense)
     return {
         "model": config.model.name,
         "data": config.data.name,
@@ -48,7 +49,7 @@ def check_report(config: SearchConfig) -> dict[str, Any]:
         "image": "x".join(str(n) for n in data.image_shape),
         "split": {name: len(getattr(data, name)) for name in ("train", "val", "test")},
         "num_params": count_params(model),
-        "macs": count_macs(model, example),
+        "macs": dense,
         "macs_range": macs_range,
         "macs_range_exact": exact,
         "blocks": [
@@ -85,14 +86,15 @@ def _drops(problem: Problem, example: Tensor) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(order[:count]) for count in range(len(order) + 1))
 
 
-def _macs_range(problem: Problem, space: Space, example: Tensor) -> tuple[list[int], bool]:
+def _macs_range(
+    problem: Problem, space: Space, example: Tensor, dense: int
+) -> tuple[list[int], bool]:
     """The least and the most MACs in the space, and whether they are exact.
 
     How much the rules that rank scores keep depends on the scores: with them it is an estimate,
     from the L1 norms of the weights as they are.
     """
     most = tuple(sorted(space.drops[space.max_blocks]))
-    dense = count_macs(problem.model, example)
     if not space.criteria:
         return [count_macs(prune(problem.model, problem.plan, Recipe(most)), example), dense], True
     norms = score_channels("magnitude_l1", problem.model, problem.task, problem.plan.layers)

@@ -18,7 +18,7 @@ SUBSET: list[tuple[str, int, dict[str, Any], int, int]] = [
     ("torchvision:mnasnet0_5", 64, {}, 9, 20),
     ("torchvision:regnet_y_400mf", 64, {}, 12, 20),
     ("torchvision:squeezenet1_1", 64, {}, 0, 20),
-    ("torchvision:lraspp_mobilenet_v3_large", 64, {}, 10, 20),
+    ("torchvision:lraspp_mobilenet_v3_large", 64, {}, 9, 20),
     ("torchvision:swin_t", 64, {}, 8, 12),
     ("timm:convnextv2_atto", 64, {}, 8, 4),
     ("timm:ghostnet_100", 64, {}, 0, 5),
