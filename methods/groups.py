@@ -141,6 +141,9 @@ class _Coupling:
 
     def _unseen(self, name: str) -> str:
         """Why a layer was not called in the forward pass."""
+        whole = next((part for part in self._whole if _inside(name, part)), None)
+        if whole is not None:
+            return f"lies in {whole}, which the model keeps whole"
         if isinstance(self._modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             return "is part of an attention layer, whose width stays"
         return "does not reach the model's output in a forward pass"

@@ -49,7 +49,15 @@ def _cases(source: str, sizes: Mapping[int, str]) -> list[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_cases("", {32: "resnet20 resnet56 resnet110 resnet50_cifar vgg16_cifar"}),
+    *_cases(
+        "",
+        {
+            32: "resnet20 resnet56 resnet110 resnet50_cifar vgg16_cifar segnet",
+            64: "deeplabv3_cityscapes yolov5n yolov5m yolov8n",
+            128: "fasterrcnn_resnet18_fpn fasterrcnn_convnext_tiny_fpn retinanet_resnet18_fpn",
+            320: "ssdlite_mobilenet_v3",
+        },
+    ),
     *_cases(
         "torchvision:",
         {
