@@ -101,7 +101,7 @@ def weights_run(folder: Path, *overrides: str, blocks: Sequence[str] = ()) -> Ru
     """A run folder with one member `t00000` that lost half its channels and these blocks."""
     config = parse_config(CONFIG, overrides)
     torch.manual_seed(0)
-    problem = pose(config)
+    problem = pose(config, prunable=False)  # also what nothing can be taken from
     groups = problem.plan.alive(blocks)
     kept = {group.name: tuple(range(0, group.num_channels, 2)) for group in groups}
     recipe = Recipe(tuple(sorted(blocks)), kept)
