@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import logging
 import random
 import shutil
 import socket
@@ -24,7 +25,7 @@ from prunesearch.search.locks import locked
 from prunesearch.search.runs import Run
 from prunesearch.search.store import Store
 from prunesearch.search.web import ledger as ledger_module
-from prunesearch.search.web import watch
+from prunesearch.search.web import views, watch
 from prunesearch.search.web.archive import zipped
 from prunesearch.search.web.client import Client, Event, ServeError
 from prunesearch.search.web.ledger import Ledger
@@ -245,6 +246,25 @@ def test_links_do_not_lead_elsewhere(tmp_path: Path, results: Path) -> None:
         for name in ("linked", "inside"):
             status, detail = problem(ask(served, f"/api/v1/runs/{name}"))
             assert status == 403 and "is a link" in detail
+
+
+def test_a_failure_of_its_own_stays_with_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a secret of the service")
+
+    monkeypatch.setattr(views, "front", broken)
+    monkeypatch.setattr(logging.getLogger("prunesearch.serve"), "propagate", True)
+    status, detail = problem(ask(served, "/api/v1/runs/one/front"))
+    assert status == 500 and "secret" not in detail
+    wait_until(lambda: "a secret of the service" in caplog.text)  # for its own people
+
+
+def test_what_a_config_may_name(client: Client) -> None:
+    options = client.options()
+    assert "resnet20" in options["zoo"] and "digits" in options["data set"]
+    assert "magnitude_l1" in options["criterion"]
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])

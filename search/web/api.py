@@ -300,7 +300,7 @@ def _add_searches(router: APIRouter, service: Service) -> None:
         return Log(text=launcher.log(name))
 
     @router.get("/options", summary="What a config may name", tags=["searches"])
-    def options() -> dict[str, dict[str, dict[str, str]]]:
+    def options() -> dict[str, dict[str, str]]:
         """Models, data sets and methods with a line each."""
         return launcher.options()
 

@@ -49,9 +49,10 @@ class App:
         """Takes a request."""
         await self._guard(scope, receive, send)
 
-    def close_streams(self) -> None:
+    def end(self) -> None:
         """Ends what would keep a server from ending."""
         self.service.watches.close()
+        self.service.launcher.end()
 
 
 def create_app(settings: Settings) -> App:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import os
-import re
 import secrets
 import shutil
 import signal
@@ -17,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,16 @@ from ..config import SearchConfig, dump_config, load_config
 from ..runs import check_new_folder
 from ..stopping import stop as stop_driver
 from ..yaml_source import ConfigError
+from .commands import COMMAND, Commands, environment, message_of
 from .problems import ProblemError
 from .settings import Settings
 
-COMMAND = [sys.executable, "-P", "-m", "prunesearch.search.cli"]
 OPTIONS = [sys.executable, "-P", "-m", "prunesearch.search.web.options"]
 SOURCES = ("torchvision", "timm")  # a model's name may begin so; any other prefix is a module
 FOLDER = ".serve"  # in the results folder: logs, configs and exports of the service
 CHECK_WITHIN_S, ASK_WITHIN_S, EXPORT_WITHIN_S = 300, 120, 1800
-MOST_CHECKS, MOST_EXPORTS, MOST_AT_ONCE = 50, 20, 2
+MOST_CHECKS, MOST_EXPORTS = 50, 20
 LOG_BYTES = 64 * 1024
-WRONG_INPUT = 2
-_MINE = "prune-search: "
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,10 @@ class Launcher:
         self._checks: collections.OrderedDict[str, Checked] = collections.OrderedDict()
         self._exports: collections.OrderedDict[str, Exported] = collections.OrderedDict()
         self._searches: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands = Commands()
         self._lock = threading.Lock()
         self._asking = threading.Lock()
-        self._options: dict[str, dict[str, dict[str, str]]] | None = None
-        self._room = threading.BoundedSemaphore(MOST_AT_ONCE)
+        self._options: dict[str, dict[str, str]] | None = None
 
     # --- a new search -------------------------------------------------------------------------
 
@@ -118,7 +114,9 @@ class Launcher:
                 config = load_config(path, assignments)
                 self._check_code(config)
                 self._check_free(config.name)
-                answer = self._ask("check", str(path), *sets, "--json", within_s=CHECK_WITHIN_S)
+                answer = self._commands.ask(
+                    "check", str(path), *sets, "--json", within_s=CHECK_WITHIN_S
+                )
             except ConfigError as error:
                 raise ConfigError(str(error).replace(str(path), "config.yaml")) from None
         report = json.loads(answer)
@@ -203,7 +201,7 @@ class Launcher:
         out = self._own("exports", export_id) / f"{folder.name}-{trial}"
         words = ["export", str(folder), f"--trial={trial}", f"--format={form}", f"--out={out}"]
         try:
-            answer = self._ask(*words, "--json", within_s=EXPORT_WITHIN_S)
+            answer = self._commands.ask(*words, "--json", within_s=EXPORT_WITHIN_S)
         except Exception:
             shutil.rmtree(out.parent, ignore_errors=True)
             raise
@@ -258,7 +256,7 @@ class Launcher:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
             return file.read().decode("utf-8", "replace")
 
-    def options(self) -> dict[str, dict[str, dict[str, str]]]:
+    def options(self) -> dict[str, dict[str, str]]:
         """What a config may name: kind -> name -> a line.
 
         Raises:
@@ -266,55 +264,21 @@ class Launcher:
         """
         with self._asking:
             if self._options is None:
-                self._options = json.loads(self._ask(within_s=ASK_WITHIN_S, command=OPTIONS))
+                self._options = json.loads(
+                    self._commands.ask(within_s=ASK_WITHIN_S, command=OPTIONS)
+                )
             return self._options
 
+    def end(self) -> None:
+        """Ends checks and exports in progress; searches go on."""
+        self._commands.end()
+
     def close(self) -> None:
-        """Deletes the exports; searches go on."""
+        """Deletes the exports."""
         for exported in self._exports.values():
             shutil.rmtree(exported.folder.parent, ignore_errors=True)
 
     # --- helpers --------------------------------------------------------------------------------
-
-    def _ask(self, *words: str, within_s: float, command: Sequence[str] = COMMAND) -> str:
-        """What a command prints.
-
-        Raises:
-            ConfigError: If it says that the input is wrong.
-            ProblemError: If it fails, or takes too long.
-        """
-        name = words[0] if words else "options"
-        with self._turn():
-            try:
-                done = subprocess.run(
-                    [*command, *words],
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    text=True,
-                    timeout=within_s,
-                    env=_environment(),
-                )
-            except subprocess.TimeoutExpired:
-                raise ProblemError(
-                    504, f"`{name}` must end within {within_s:.0f} s: it did not. Run it by hand."
-                ) from None
-        if done.returncode == WRONG_INPUT:
-            raise ConfigError(_message(done.stderr))
-        if done.returncode:
-            raise ProblemError(409, f"`{name}` must succeed: it did not. {_message(done.stderr)}")
-        return done.stdout
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Few commands at a time: each loads torch and a data set."""
-        if not self._room.acquire(timeout=60):
-            raise ProblemError(
-                503, "`checks` must be fewer: others are running. Wait.", {"Retry-After": "10"}
-            )
-        try:
-            yield
-        finally:
-            self._room.release()
 
     def _begin(self, name: str, *words: str) -> None:
         self._own("logs")
@@ -325,13 +289,13 @@ class Launcher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the service's Ctrl-C is not the search's
-                env=_environment(),
+                env=environment(),
             )
 
     def _stop_elsewhere(self, name: str, error: ConfigError) -> str:
         """Stops what has no driver on this machine: a job, or a search that is just starting."""
         if self._settings.job_server is not None:
-            self._ask("stop", name, *self._at_server(), "--json", within_s=ASK_WITHIN_S)
+            self._commands.ask("stop", name, *self._at_server(), "--json", within_s=ASK_WITHIN_S)
             return f"{name} was asked to stop."
         process = self._searches.get(name)
         if process is None or process.poll() is not None:
@@ -393,7 +357,7 @@ class Launcher:
 
     def _last_words(self, name: str) -> str:
         with contextlib.suppress(ProblemError):
-            return _message(self.log(name))
+            return message_of(self.log(name))
         return ""
 
 
@@ -402,17 +366,3 @@ def code_of(config: SearchConfig) -> list[str]:
     names = [config.model.name, config.data.name, *config.space.criterion_names]
     names += [config.task.name] if config.task is not None else []
     return [name for name in names if ":" in name and name.partition(":")[0] not in SOURCES]
-
-
-def _message(said: str) -> str:
-    """What a command says of its end: its own lines if there are any, else the last."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    own = [index for index, line in enumerate(lines) if line.startswith(_MINE)]
-    if not own:
-        return lines[-1].strip()[:500] if lines else "It said nothing."
-    text = "\n".join(lines[own[-1] :]).removeprefix(_MINE)
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)[:5000]
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"NO_COLOR": "1", "TERM": "dumb"}

@@ -16,6 +16,7 @@ from ..config_errors import rule_of
 from ..yaml_source import ConfigError, printable, show
 
 MEDIA_TYPE = "application/problem+json"
+FAILED = "The service failed at this request. Its own log says why."
 log = logging.getLogger("prunesearch.serve")
 
 
@@ -52,12 +53,13 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ConfigError, _wrong_input)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _failed)
 
 
 def unexpected(request_line: str) -> Response:
     """The answer when the service itself failed; the cause goes to its log, not to the client."""
     log.exception("`%s` failed", request_line)
-    return problem(500, "The service failed at this request. Its own log says why.")
+    return problem(500, FAILED)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -67,6 +69,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _wrong_input(request: Request, error: Exception) -> Response:
     return problem(422, str(error))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return problem(500, FAILED)  # the error goes on to whoever logs it
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -28,7 +28,7 @@ GRACE_S = 5
 
 
 class Server(uvicorn.Server):
-    """Ends its event streams when it is asked to end: they would keep it waiting."""
+    """Ends event streams and checks when it is asked to end: they would keep it waiting."""
 
     def __init__(self, app: App, most_connections: int) -> None:
         """Serves nothing yet.
@@ -60,5 +60,5 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """At Ctrl-C and SIGTERM."""
-        self._app.close_streams()
+        self._app.end()
         super().handle_exit(sig, frame)
