@@ -75,7 +75,7 @@ def query(place: str | Path, sql: str) -> tuple[Answer, list[str]]:
             cursor = connection.execute(sql)
             return ([column[0] for column in cursor.description], cursor.fetchall()), problems
         except duckdb.Error as error:
-            raise _refused(sql, f"be a query that DuckDB understands: {error}") from error
+            raise _refused(sql, f"be a query that DuckDB takes: {_reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,11 @@ def _check_select(statements: Sequence[Any], sql: str, duckdb: Any) -> None:
         raise _refused(sql, f"be one statement: it holds {len(statements)}")
     if statements[0].type != duckdb.StatementType.SELECT:
         raise _refused(sql, f"be a SELECT, not {statements[0].type.name}: runs are only read")
+
+
+def _reason(error: Exception) -> str:
+    """DuckDB's message in one line, without its drawing of the place."""
+    return " ".join(str(error).partition("\n\nLINE ")[0].split()).rstrip(".")
 
 
 def _refused(sql: str, rule: str) -> ConfigError:
