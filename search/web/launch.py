@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SearchConfig, dump_config, load_config
+from ..locks import in_use
 from ..runs import check_new_folder
 from ..stopping import stop as stop_driver
 from ..yaml_source import ConfigError
@@ -33,6 +34,7 @@ SOURCES = ("torchvision", "timm")  # a model's name may begin so; any other pref
 FOLDER = ".serve"  # in the results folder: logs, configs and exports of the service
 CHECK_WITHIN_S, ASK_WITHIN_S, EXPORT_WITHIN_S = 300, 120, 1800
 MOST_CHECKS, MOST_EXPORTS = 50, 20
+ENDING_S = 15.0  # from the end of a search to that of its process
 LOG_BYTES = 64 * 1024
 
 
@@ -325,7 +327,12 @@ class Launcher:
 
     def _check_idle(self, name: str) -> None:
         process = self._searches.get(name)
-        if process is not None and process.poll() is None:
+        if process is None:
+            return
+        if not in_use(self._settings.results / name):  # it may be just ending: Ray takes a while
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=ENDING_S)
+        if process.poll() is None:
             raise ProblemError(409, f"`run` (={name}) must not be running: it is. Stop it first.")
 
     def _check_room(self) -> None:

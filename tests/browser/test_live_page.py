@@ -23,7 +23,7 @@ from prunesearch.search import load_pruned
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
-LONG = SMALL.replace("trials: 6", "trials: 60")
+LONG = SMALL.replace("trials: 6, early_stop: true", "trials: 60, early_stop: false")
 TOKEN = "correct-horse-battery-staple"
 PAGES = {
     "runs": "/",
@@ -280,6 +280,7 @@ def test_a_search_from_its_config_to_the_archive(
     expect(badge).to_have_text("running", timeout=WAIT_MS)
     rows = page.locator("#trials tbody th")
     expect(rows.nth(1)).to_be_visible(timeout=WAIT_MS)  # nobody has loaded the page again
+    expect(page.locator(".plot a").first).to_be_attached(timeout=WAIT_MS)
     page.screenshot(path=shots / "live-light.png", full_page=True)
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".note.good")).to_contain_text("was asked to stop")

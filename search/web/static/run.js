@@ -152,8 +152,8 @@ class RunPage {
       fact("dense accuracy", run.baseline.accuracy === undefined ? "not yet" : `${(run.baseline.accuracy * 100).toFixed(2)} %`),
       fact("fastest within 1 %", this.#near()),
       fact("last trial", moment(run.updated_at) || "none yet"));
-    this.said.hidden = !run.message;
     if (run.message) {
+      this.said.hidden = false;
       this.said.className = "note bad";
       this.said.textContent = run.message;
     }
