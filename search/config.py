@@ -283,7 +283,6 @@ class ModelConfig(_Section):
         min_length=1,
         max_length=200,
         description="the licence of these weights, for the model card of an export",
-        examples=["Apache-2.0"],
     )
 
 
