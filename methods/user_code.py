@@ -9,6 +9,14 @@ from typing import Any
 
 from .names import unknown_name
 
+LIBRARIES = ("torchvision", "timm")  # `timm:NAME` is a model's name, and no module of others
+
+
+def names_code(name: str) -> bool:
+    """Whether a name is `package.module:callable`: what it means is imported and called."""
+    source, colon, _ = name.partition(":")
+    return bool(colon) and source not in LIBRARIES
+
 
 def import_callable(name: str, field: str, what: str, *, sources: str = "") -> Callable[..., Any]:
     """The callable `name`, its module imported.

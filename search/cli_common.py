@@ -76,8 +76,7 @@ def checked(work: Callable[[], Any]) -> Any:
 
 def import_user_code(config: SearchConfig) -> None:
     """`module:callable` is looked for in the current folder too, last; Ray's workers follow."""
-    names = [config.model.name, config.data.name, config.task.name if config.task else ""]
-    if any(":" in name for name in names) and os.getcwd() not in sys.path:
+    if config.user_code and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 

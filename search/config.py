@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from ..methods.names import nearest
+from ..methods.user_code import names_code
 from .config_errors import RuleError, explain
 from .metrics import METRICS, Constraint, check_constraints, check_objectives, check_probes
 from .yaml_source import (
@@ -794,6 +795,12 @@ class SearchConfig(_Section):
         tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)
     ] = Field(default=(), description="who hears of each trial, beside the ledger")
     ablate: AblateConfig = Field(default_factory=AblateConfig)
+
+    @property
+    def user_code(self) -> tuple[str, ...]:
+        """The names `module:callable` in it: what it has imported and called."""
+        task = "" if self.task is None else self.task.name
+        return tuple(filter(names_code, (self.model.name, self.data.name, task)))
 
     @property
     def all_probes(self) -> dict[str, LatencyConfig]:

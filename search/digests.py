@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..methods.data import Data
+from ..methods.user_code import names_code
 from .config import SearchConfig
 
 LIBRARIES = ("torch", "torchvision", "torch-pruning")
@@ -100,9 +101,9 @@ def _source_of(name: str) -> dict[str, Any]:
 
     That is the package of the module, or the files beside a module that is in none.
     """
-    module, colon, _ = name.partition(":")
-    if not colon or module in ("torchvision", "timm"):
+    if not names_code(name):
         return {}
+    module = name.partition(":")[0]
     top = sys.modules.get(module.partition(".")[0])
     if folders := list(getattr(top, "__path__", [])):
         return {"source": _source_digest(tuple(folders), "**/*.py")}

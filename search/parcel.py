@@ -14,7 +14,6 @@ from .yaml_source import ConfigError
 
 CONFIG = "config.yaml"
 MAX_CHECKPOINT_MIB = 100
-SOURCES = ("torchvision", "timm")  # models by name that run no code of the user
 NUM_CLASSES = 10  # of the model that is built to see whether it can be; the data says later
 
 
@@ -100,9 +99,7 @@ def own_modules() -> dict[str, Path]:
 
 def _user_modules(config: SearchConfig) -> list[str]:
     """The modules that the config names as `module:callable`."""
-    names = [config.model.name, *([config.task.name] if config.task else [])]
-    parts = [name.partition(":") for name in names]
-    return [module for module, colon, _ in parts if colon and module not in SOURCES]
+    return [name.partition(":")[0] for name in config.user_code]
 
 
 def _check_data_root(config: SearchConfig) -> None:
@@ -115,10 +112,12 @@ def _check_data_root(config: SearchConfig) -> None:
 
 
 def _check_code(config: SearchConfig) -> None:
+    from ..methods.data import find_dataset
     from ..methods.models.build import build_model
     from ..methods.tasks import find_task
 
     try:
+        find_dataset(config.data.name)
         build_model(config.model.name, num_classes=NUM_CLASSES, kwargs=config.model.kwargs)
         if config.task is not None:
             find_task(config.task.name)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+Invoke = Callable[..., tuple[int, str, str]]  # the fixture `invoke`
 
 PRUNE_SEARCH = [sys.executable, "-m", "prunesearch.search.cli"]
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Invoke
 from made_runs import ROWS, row, rows_run
 
-from prunesearch.search import ConfigError, Run, cli
+from prunesearch.search import ConfigError, Run
 from prunesearch.search.choose import Wish, parse_phrase
 from prunesearch.search.front import choose, knee_sums
 
-Invoke = Callable[..., tuple[int, str, str]]
 PHRASES = {
     "fastest": Wish(minimize="latency_ms"),
     "Fastest within 1 %": Wish(minimize="latency_ms", where=("accuracy_drop <= 0.01",)),
@@ -122,20 +120,6 @@ def test_a_run_is_asked_in_words(run: Run) -> None:
         run.choose()
     with pytest.raises(ConfigError, match="latency_ms@edge"):
         run.choose(phrase="fastest on edge")
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_front_prints_the_one_that_is_asked_for(invoke: Invoke, run: Run) -> None:

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, write_config
+from helpers import SMALL, Invoke, write_config
 from safetensors.torch import save_file
 from torch import nn
 
-from prunesearch.search import ConfigError, cli, runs
+from prunesearch.search import ConfigError, runs
 from prunesearch.search.locks import locked
 from prunesearch.search.shelf import Packed, Shelf, address
 
-Invoke = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
+def invoke(monkeypatch: pytest.MonkeyPatch, invoke: Invoke, tmp_path: Path) -> Invoke:
+    """In an empty folder, and without Ray."""
+
     def no_ray(*arguments: object) -> None:
         raise AssertionError("Ray was started")
 
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        from prunesearch.search import cluster
+    from prunesearch.search import cluster
 
-        monkeypatch.setattr(cluster, "connect", no_ray)
-        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return run
+    monkeypatch.setattr(cluster, "connect", no_ray)
+    monkeypatch.chdir(tmp_path)
+    return invoke
 
 
 class Tiny(nn.Module):

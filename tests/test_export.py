@@ -6,21 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import Invoke
 from made_runs import weights_run
 from safetensors.torch import load_file, save_file
 
-from prunesearch.search import ConfigError, Run, cli, load_pruned
+from prunesearch.search import ConfigError, Run, load_pruned
 from prunesearch.search.export import ExportError, read_export
 from prunesearch.search.model_card import wilson_interval
 from prunesearch.search.setup import load_images, make_task
 
-Invoke = Callable[..., tuple[int, str, str]]
 ALWAYS = {"recipe.json", "model.safetensors", "export.json", "README.md", "load.py"}
 BRANCHY = ("model.name=made_runs:Branchy", "space.blocks.mode=none")
 
@@ -47,20 +46,6 @@ def plain(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare = Run(shutil.copytree(run.folder, folder / "run"))
     (bare.folder / "weights" / "dense.safetensors").unlink()
     return bare.export(folder / "member", trial="t00000")
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_the_folder_holds_what_was_asked_and_nothing_else(exported: Path) -> None:

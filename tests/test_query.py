@@ -6,17 +6,15 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers import Invoke
 from made_runs import ROWS, rows_run
 
-from prunesearch.search import ConfigError, Run, cli
+from prunesearch.search import ConfigError, Run
 from prunesearch.search.query import answer_rows, query, read_runs
-
-Invoke = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +24,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows_run(folder / "one")
     rows_run(folder / "two", ROWS[:1], "search.seed=7", macs=2_000_000)
     return folder
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 def ask(place: Path, sql: str) -> list[tuple]:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import PRUNE_SEARCH, SMALL, write_config
+from helpers import PRUNE_SEARCH, SMALL, Invoke, write_config
 from s3 import CREDENTIALS, S3, s3_server
 
-from prunesearch.search import ConfigError, Run, cli, locks, storage, uploads
+from prunesearch.search import ConfigError, Run, locks, storage, uploads
 from prunesearch.search.locks import Owner, StorageError
 from prunesearch.search.mirror import Mirror, folder_of
 from prunesearch.search.records import TrialResult, TrialStatus
@@ -29,7 +29,6 @@ from prunesearch.search.store import Store
 from prunesearch.search.uploads import Uploads
 
 Machine = Callable[[str], None]
-Invoke = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +58,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     use("first")
     return use
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """The command line in this process."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-search", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int | None)
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def row(number: int, **changes: object) -> TrialResult:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ..names import unknown_name
 from ..plugins import plugins
 from ..shapes import load_state
-from ..user_code import import_callable
+from ..user_code import LIBRARIES, import_callable, names_code
 from . import MODELS
 
-SOURCES = ("torchvision", "timm")
 # What the library's own defaults would do otherwise: download weights, or warn.
 QUIET_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
@@ -79,8 +78,7 @@ def model_names() -> tuple[str, ...]:
 
 def is_known_source(name: str) -> bool:
     """Whether a name means what is installed, and no code that only a recipe names."""
-    source, colon, _ = name.partition(":")
-    return not colon or source in SOURCES
+    return not names_code(name)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -175,7 +173,7 @@ def _find_builder(name: str) -> tuple[Builder, dict[str, Any]]:
         return _torchvision_builder(rest)
     if source == "timm":
         return _timm_builder(rest)
-    known = f"; the sources known by name are {', '.join(SOURCES)}"
+    known = f"; the sources known by name are {', '.join(LIBRARIES)}"
     return import_callable(name, "model.name", "model", sources=known), {}
 
 

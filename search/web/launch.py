@@ -30,7 +30,6 @@ from .problems import ProblemError
 from .settings import Settings
 
 OPTIONS = [sys.executable, "-P", "-m", "prunesearch.search.web.options"]
-SOURCES = ("torchvision", "timm")  # a model's name may begin so; any other prefix is a module
 FOLDER = ".serve"  # in the results folder: logs, configs and exports of the service
 CHECK_WITHIN_S, ASK_WITHIN_S, EXPORT_WITHIN_S = 300, 120, 1800
 MOST_CHECKS, MOST_EXPORTS = 50, 20
@@ -306,12 +305,13 @@ class Launcher:
         return f"{name} was stopped before its search began."
 
     def _check_code(self, config: SearchConfig) -> None:
-        named = code_of(config)
+        named = config.user_code
         if named and not self._settings.allow_code:
             raise ProblemError(
                 403,
-                f"`model.name` (={named[0]}) must not run code: this service was started without "
-                "--allow-code. Start the search with `prune-search run`, or restart the service.",
+                f"`config` (it names {named[0]}) must not run code: this service was started "
+                "without --allow-code. Start the search with `prune-search run`, or restart the "
+                "service.",
             )
 
     def _check_free(self, name: str) -> None:
@@ -366,10 +366,3 @@ class Launcher:
         with contextlib.suppress(ProblemError):
             return message_of(self.log(name))
         return ""
-
-
-def code_of(config: SearchConfig) -> list[str]:
-    """The names in a config that import a module and call what is in it."""
-    names = [config.model.name, config.data.name, *config.space.criterion_names]
-    names += [config.task.name] if config.task is not None else []
-    return [name for name in names if ":" in name and name.partition(":")[0] not in SOURCES]
