@@ -8,7 +8,7 @@ const EVERY_MS = 3000;
 
 export async function showRuns(main) {
   document.title = "Runs · prune-search";
-  const list = h("div", {});
+  const list = h("div", {}, h("p", { class: "small" }, "Reading the runs …"));
   put(main,
     h("div", { class: "row" }, h("h1", {}, "Runs"),
       h("a", { class: "button main end", href: "/new" }, "New search")),
