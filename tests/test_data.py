@@ -247,9 +247,15 @@ def test_wrong_image_folders(tmp_path):
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_it_is_read(tmp_path):
-    write_images(tmp_path, {"a": 10, "b": 10}, size=(4, 4))
-    with pytest.raises(ValueError, match=r"20 images .* take 13.4 GiB, more than 4 GiB"):
-        load_data("image_folder", root=tmp_path, image_size=15_500)
+    with pytest.raises(ValueError, match=r"1797 images .* GiB, more than 4 GiB"):
+        load_data("digits", image_size=15_500)
+
+
+def test_statistics_of_large_images_are_read_from_few_of_them(tmp_path):
+    """What does not fit in memory is streamed; nor does a sample of any number of images."""
+    write_images(tmp_path, {"a": 6, "b": 6}, size=(4, 4))
+    data = load_data("image_folder", root=tmp_path, image_size=2000, memory_bytes=100 * 2**20)
+    assert len(data.train) == 8 and all(0 < value < 1 for value in (*data.mean, *data.std))
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100"])

@@ -150,8 +150,10 @@ def stream(
         if one.paths is not None
     ]
     size = request.shape[0]
+    # As bytes, and once more as floats, which take four times as much.
+    fits = int(request.memory_bytes / (5 * 3 * size * size))
     sample = stratified_subset(
-        splits[0].labels, SAMPLE, torch.Generator().manual_seed(request.seed)
+        splits[0].labels, max(1, min(SAMPLE, fits)), torch.Generator().manual_seed(request.seed)
     )
     mean, std = channel_statistics(read_all(splits[0].take(sample), size, request.channels))
     return StreamedData(

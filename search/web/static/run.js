@@ -14,6 +14,7 @@ const LAYERS = [
   { kind: "uniform", label: "control: uniform pruning", color: "uniform", shape: "square", size: 4.5 },
 ];
 const REDRAW_MS = 250;
+const AGAIN_MS = 1000;
 const PARTS = {
   load_s: "load libraries, data and model", dense_s: "dense model", blocks_s: "block ranking",
   sensitivity_s: "single edits", ray_start_s: "start Ray", reference_s: "dense latency",
@@ -87,6 +88,7 @@ class RunPage {
       this.#progress();
       this.#about();
       this.#soon();
+      if (this.run.state === "starting") setTimeout(() => this.#detail(), AGAIN_MS); // no event tells its end
     } catch (error) {
       this.#say(error);
     }
