@@ -25,6 +25,7 @@ from .image_folder import decode, open_image
 from .split import stratified_subset
 
 SAMPLE = 2048  # training images that mean and standard deviation are estimated on
+SAMPLE_BYTES = 2**28  # its images; as floats they take four times as much
 PREFETCH = 2  # batches that each process has ready
 LEAST_AREA = 0.08  # of a training crop, as Szegedy et al. 2015 (arXiv:1409.4842) have it
 
@@ -150,8 +151,7 @@ def stream(
         if one.paths is not None
     ]
     size = request.shape[0]
-    # As bytes, and once more as floats, which take four times as much.
-    fits = int(request.memory_bytes / (5 * 3 * size * size))
+    fits = SAMPLE_BYTES // (3 * size * size)
     sample = stratified_subset(
         splits[0].labels, max(1, min(SAMPLE, fits)), torch.Generator().manual_seed(request.seed)
     )
