@@ -148,6 +148,8 @@ def connecting(
         there.wait()
         if failures:
             raise failures[0]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)  # Ray's start has put its own crash handler there
 
     with _ended_by_sigterm():
         try:
@@ -198,11 +200,15 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _init(options: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ OPTIONS = [sys.executable, "-P", "-m", "prunesearch.search.web.options"]
 FOLDER = ".serve"  # in the results folder: logs, configs and exports of the service
 CHECK_WITHIN_S, ASK_WITHIN_S, EXPORT_WITHIN_S = 300, 120, 1800
 MOST_CHECKS, MOST_EXPORTS = 50, 20
+STOPPED = 143  # as a shell says it of a process that SIGTERM has ended
 ENDING_S = 15.0  # from the end of a search to that of its process
 LOG_BYTES = 64 * 1024
 
@@ -78,10 +79,12 @@ class Launch:
     Attributes:
         code: Its exit code; None while it runs.
         message: Its last message.
+        is_ending: Whether it was asked to stop.
     """
 
     code: int | None
     message: str
+    is_ending: bool = False
 
 
 class Launcher:
@@ -93,6 +96,7 @@ class Launcher:
         self._checks: collections.OrderedDict[str, Checked] = collections.OrderedDict()
         self._exports: collections.OrderedDict[str, Exported] = collections.OrderedDict()
         self._searches: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped: set[str] = set()  # whatever they end with, it is no failure
         self._commands = Commands()
         self._lock = threading.Lock()
         self._asking = threading.Lock()
@@ -184,6 +188,7 @@ class Launcher:
             ProblemError: If nothing runs.
         """
         name = folder.name
+        self._stopped.add(name)
         try:
             stop_driver(folder, name)
         except ConfigError as error:
@@ -237,7 +242,10 @@ class Launcher:
         found = {}
         for name, process in list(self._searches.items()):
             code = process.poll()
-            found[name] = Launch(code, "" if code in (None, 0) else self._last_words(name))
+            if code is not None and name in self._stopped:
+                code = STOPPED
+            message = "" if code in (None, 0) else self._last_words(name)
+            found[name] = Launch(code, message, name in self._stopped)
         return found
 
     def log(self, name: str) -> str:
@@ -283,6 +291,7 @@ class Launcher:
 
     def _begin(self, name: str, *words: str) -> None:
         self._own("logs")
+        self._stopped.discard(name)
         with self._log(name).open("ab") as log:
             self._searches[name] = subprocess.Popen(
                 [*COMMAND, *words],

@@ -57,7 +57,7 @@ def launched(summary: RunSummary | None, name: str, launch: Launch) -> RunSummar
     """A run's summary with what is known of the process that was started here for it."""
     known = summary or RunSummary(name=name, state="starting")
     if launch.code is None:  # between its last trial and its end a search is alive, too
-        starting = known.state not in ("running", "finished")
+        starting = not launch.is_ending and known.state not in ("running", "finished")
         return known.model_copy(update={"state": "starting"}) if starting else known
     if launch.code == 0 or known.state in ("running", "finished"):
         return known
