@@ -188,11 +188,13 @@ class Launcher:
             ProblemError: If nothing runs.
         """
         name = folder.name
-        self._stopped.add(name)
         try:
             stop_driver(folder, name)
         except ConfigError as error:
-            return self._stop_elsewhere(name, error)
+            said = self._stop_elsewhere(name, error)
+            self._stopped.add(name)
+            return said
+        self._stopped.add(name)
         return f"{name} was asked to stop: running trials end first; once more ends them too."
 
     def export(self, folder: Path, config: SearchConfig, trial: str, form: str) -> Exported:
