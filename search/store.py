@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -186,7 +187,7 @@ class Store:
         parts = {}
         for path in sorted(paths, key=lambda path: (path.lstat().st_mtime_ns, _number(path))):
             try:
-                if os.path.lexists(path) and not path.is_file():
+                if not _is_file(path):
                     raise ValueError("it is no file")  # a pipe would be waited for
                 parts[path] = _sound_rows(path)
             except _DAMAGED as error:
@@ -404,6 +405,12 @@ def _newness(row: TrialResult) -> tuple[bool, int, bool, float]:
 def _number(path: Path) -> int:
     match = re.fullmatch(r"compact-(\d+)\.parquet", path.name)
     return int(match[1]) if match else 0
+
+
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`, but one that a compaction has just removed is a FileNotFoundError."""
+    mode = path.lstat().st_mode
+    return path.is_file() if stat.S_ISLNK(mode) else stat.S_ISREG(mode)
 
 
 def _set_aside(path: Path, error: Exception) -> None:
