@@ -8,11 +8,10 @@ from typing import Any
 
 from .config import ConfigError, parse_config
 from .sensitivity import SENSITIVITY
-from .setup import BLOCKS, Problem
-from .store import read_json, write_json
+from .setup import Problem
+from .store import BLOCKS, FIXED, read_json, write_json
 from .yaml_source import show
 
-FIXED = "fixed.json"
 MEANING = (
     "model", "task", "data", "baseline", "sparse_training", "recover", "objectives", "constraints",
     "latency", "probes",

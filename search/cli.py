@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -208,13 +209,21 @@ def ablate(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the results.")] = None,
     set_: Overrides = None,
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Re-run an ablation table of a paper; the same command again finishes what is missing."""
-    from .ablate.run import DEFAULT_CONFIG, NothingCompletedError, ablate, find_study
+    from .ablate.run import (
+        DEFAULT_CONFIG,
+        NothingCompletedError,
+        ablate,
+        find_study,
+        results_folder,
+    )
     from .config import parse_config
     from .progress import Progress
+    from .store import read_results
 
-    find_study(paper, table)
+    study = find_study(paper, table)
     overrides = set_ or []
     if config is not None:
         search = load(config, overrides)
@@ -234,7 +243,11 @@ def ablate(
     except NothingCompletedError as error:
         complain(str(error))
         raise typer.Exit(EXIT_FAILED) from None
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        rows = read_results(f"{results_folder(study, out_dir)}.parquet")
+        out.print_json(json.dumps([dataclasses.asdict(row) for row in rows]))
+    else:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

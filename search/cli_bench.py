@@ -101,13 +101,18 @@ def bench_controls_command(
     config: ConfigFile,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the runs.")],
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a search with uniform and random pruning at the same budget."""
     search = load(config, set_ or [])
-    from .bench.controls import bench_controls
+    from .bench.controls import bench_controls, figures, report
     from .progress import Progress
 
-    out.print(bench_controls(search, out_dir, Progress(err)), markup=False, highlight=False)
+    runs = bench_controls(search, out_dir, Progress(err))
+    if as_json:
+        out.print_json(json.dumps({name: figures(one) for name, one in runs.items()}))
+    else:
+        out.print(report(runs), markup=False, highlight=False)
 
 
 @bench.command("engine")
@@ -250,6 +255,7 @@ def bench_peers_command(
         str | None, typer.Option(help="Comma-separated methods; all by default.")
     ] = None,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare this search with other tools in hypervolume against seconds."""
     search = load(config, set_ or [])
@@ -258,10 +264,14 @@ def bench_peers_command(
     from .progress import Progress
 
     chosen = list(METHODS) if methods is None else [m.strip() for m in methods.split(",")]
-    text = bench_peers(
+    result = bench_peers(
         search, out_dir, Progress(err), seconds=seconds, seeds=seeds, methods=chosen
     )
-    out.print(text, markup=False, highlight=False)
+    text = result.pop("markdown")
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        out.print(text, markup=False, highlight=False)
 
 
 @bench.command("zoo")

@@ -688,6 +688,10 @@ class ResourcesConfig(_Share):
             )
         return self
 
+    def share(self, only_evaluates: bool) -> EvaluateConfig | ResourcesConfig:
+        """What a trial takes; `search.context.only_evaluates` tells which kind it is."""
+        return (self.evaluate if only_evaluates else None) or self
+
 
 class LatencyConfig(_Section):
     """How latency is measured."""

@@ -131,8 +131,7 @@ class _Asker(Searcher):
 
     def _takes(self, only_evaluates: bool) -> dict[str, Any]:
         """What a trial takes, as Ray's placement groups say it."""
-        resources = self._coordinator.config.resources
-        share = (resources.evaluate if only_evaluates else None) or resources
+        share = self._coordinator.config.resources.share(only_evaluates)
         bundle = {"CPU": share.cpu, "GPU": share.gpu}
         takes: dict[str, Any] = {"bundles": [{k: v for k, v in bundle.items() if v > 0}]}
         if only_evaluates and self._room.evaluators:

@@ -34,9 +34,7 @@ from .cache import Made, Say, open_cache, sharing_here
 from .config import ConfigError, SearchConfig
 from .digests import common_key, data_digest, weights_digest
 from .space import Space, max_blocks
-from .store import read_as, write_json
-
-BLOCKS = "blocks.json"
+from .store import BLOCKS, read_as, write_json
 
 
 @dataclass(frozen=True)

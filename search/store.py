@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FRONT = "front.parquet"  # in the run folder
+BLOCKS = "blocks.json"  # there too: the removable blocks, ranked
+FIXED = "fixed.json"  # what trials mean, and the space
 RUNGS = "rungs"  # the folder in the run folder, of trials that wait at a fidelity
 SCHEMA_VERSION = 4  # 2: accuracy_by_fidelity; 3: latency_ms_by_probe, speedup_by_probe; 4: metrics
 _ATTEMPTS = 20  # to list and read the parts while another process compacts them

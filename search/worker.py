@@ -52,7 +52,7 @@ class Worker(tune.Trainable):
         faulthandler.enable(file=STDERR, all_threads=False)
         search: SearchConfig = parts["config"]
         self._moves = only_evaluates(self._spec, search)  # as every trial of this worker
-        takes = (search.resources.evaluate if self._moves else None) or search.resources
+        takes = search.resources.share(self._moves)
         torch.set_num_threads(max(1, int(takes.cpu)))
         device = trial_device(search) if takes.gpu else torch.device("cpu")
         task = make_task(search, unpack_images(ray.get(parts["images"])), device)

@@ -192,12 +192,16 @@ def test_bench_reports_and_runs_nothing_twice(
     config = load_config(write_config(tmp_path), overrides)
     out = tmp_path / "bench"
 
-    def bench(seconds: float) -> str:
+    def bench(seconds: float) -> dict[str, Any]:
         return peers_run.bench_peers(
             config, out, Progress.silent(), seconds=seconds, seeds=1, methods=["ours", "fastnas"]
         )
 
-    text = bench(1e9)
+    result = bench(1e9)
+    text = result["markdown"]
+    assert result["candidates"] == {"ours": 1, "fastnas": 1} and not any(
+        result["failures"].values()
+    )
     assert started == ["ours", "fastnas"]
     assert "| ModelOpt FastNAS | accuracy and MACs | 0 of 18 |" in text  # equal is not ahead
     rows = pq.read_table(f"{out}.parquet").to_pylist()
@@ -207,9 +211,9 @@ def test_bench_reports_and_runs_nothing_twice(
     ]
     assert rows[0]["speedup"] == rows[1]["speedup"]  # one architecture is measured once
     assert Path(f"{out}.png").stat().st_size > 0
-    assert bench(1e9) == text and started == ["ours", "fastnas"]
+    assert bench(1e9) == result and started == ["ours", "fastnas"]
     (out / "seed0" / "ours" / "done.json").unlink()  # as a run that was cut short leaves it
-    assert bench(1e9) == text and started == ["ours", "fastnas", "ours"]
+    assert bench(1e9) == result and started == ["ours", "fastnas", "ours"]
     with pytest.raises(ConfigError, match="differs in seconds"):
         bench(1.0)
 

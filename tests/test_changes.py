@@ -11,11 +11,12 @@ import pytest
 from helpers import SMALL
 
 from prunesearch.search import ConfigError, parse_config
-from prunesearch.search.changes import FIXED, remember, settle_changes
+from prunesearch.search.changes import remember, settle_changes
 from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.sampler import Sampler
 from prunesearch.search.seeds import default_seeds
-from prunesearch.search.setup import BLOCKS, Problem, make_space, pose
+from prunesearch.search.setup import Problem, make_space, pose
+from prunesearch.search.store import BLOCKS, FIXED
 from prunesearch.search.yaml_source import read_source
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from helpers import SMALL, write_config
 
 from prunesearch.search import load_config
-from prunesearch.search.bench.controls import bench_controls, variants
+from prunesearch.search.bench.controls import bench_controls, figures, report, variants
 from prunesearch.search.config import dump_config
 from prunesearch.search.progress import Progress
 from prunesearch.search.records import TrialResult, TrialStatus
@@ -42,8 +43,9 @@ def test_finished_runs_are_only_read(tmp_path: Path) -> None:
         write_json(folder / "environment.json", {"cpu": "C", "cores": 2, "libraries": libraries})
         for trial, (accuracy, speedup) in enumerate([(0.9, 1.0), (0.8 - index / 10, 2.0)]):
             Store(folder).write_trial(_row(trial, accuracy, speedup))
-    text = bench_controls(config, tmp_path / "out", Progress.silent())
-    assert (tmp_path / "out.md").read_text() == text
+    runs = bench_controls(config, tmp_path / "out", Progress.silent())
+    text = (tmp_path / "out.md").read_text()
+    assert report(runs) == text
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     rows = {line.split("|")[1].split()[0]: line for line in text.splitlines() if "|" in line}
     # two boxes: 0.9 accuracy from 1.0 to 1.1 x dense latency, 0.8 from 0.5 to 1.0
@@ -51,6 +53,9 @@ def test_finished_runs_are_only_read(tmp_path: Path) -> None:
     assert f"| {(0.9 * 0.1 + 0.8 * 0.5) / 1.1:.4f} | 2 | 12 |" in rows["search"]
     assert "| 0.9000 | 0.7000 |" in rows["uniform"]
     assert "| 0.9000 | 0.6000 |" in rows["random"]
+    assert figures(runs["uniform"])["best_accuracy"] == pytest.approx({
+        "1x": 0.9, "1.25x": 0.7, "1.5x": 0.7, "2x": 0.7, "2.5x": None, "3x": None,
+    })  # fmt: skip
 
 
 def _row(number: int, accuracy: float, speedup: float) -> TrialResult:

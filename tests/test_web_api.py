@@ -105,6 +105,16 @@ def test_a_run_has_its_history(client: Client) -> None:
     ]
 
 
+def test_the_report_of_a_run_is_one_file(client: Client, tmp_path: Path) -> None:
+    path = client.report("one", tmp_path / "one.html")
+    page = path.read_text()
+    assert page.startswith("<!DOCTYPE html>") and "t00003" in page
+    with pytest.raises(FileExistsError):
+        client.report("one", path)
+    with pytest.raises(ServeError, match="there is none of that name"):
+        client.report("other", tmp_path / "other.html")
+
+
 def test_a_run_that_is_driven_is_running(results: Path, client: Client) -> None:
     with locked(results / "two", pytest.fail):
         time.sleep(ledger_module.FRESH_S)

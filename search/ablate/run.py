@@ -112,7 +112,7 @@ def ablate(
     progress = progress or Progress.silent()
     config = absolute(study.config(config or parse_config(DEFAULT_CONFIG)))
     seeds = seeds or config.ablate.seeds
-    folder = Path(out or f"results/ablate-{study.paper}-{study.table}").absolute()
+    folder = results_folder(study, out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`--out` (={folder}) must be a folder: it is a file. Choose another.")
     check_writable(folder)
@@ -150,6 +150,11 @@ def ablate(
             f"no job was completed. {folder}.md shows the causes; repeat the command to retry."
         )
     return text
+
+
+def results_folder(study: Study, out: str | Path | None = None) -> Path:
+    """The folder of a study's results; its report and rows lie beside it, as .md and .parquet."""
+    return Path(out or f"results/ablate-{study.paper}-{study.table}").absolute()
 
 
 # --- what is to do ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError, SearchConfig
 from ..front import front_of, hypervolume
@@ -29,7 +30,7 @@ LABELS = {
 }
 
 
-def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
+def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> dict[str, Run]:
     """Runs (or finishes, or only reads) the search and its controls, and writes what came out.
 
     Args:
@@ -38,7 +39,7 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
         progress: Where to report.
 
     Returns:
-        The Markdown of OUT.md.
+        The runs by variant: the search, `uniform` and `random`.
     """
     runs = {}
     for name, variant in variants(config).items():
@@ -55,11 +56,10 @@ def bench_controls(config: SearchConfig, out: Path, progress: Progress) -> str:
             progress.say(f"== {LABELS[name]}, resumed")
             resume(folder, progress=progress)
         runs[name] = Run(folder)
-    text = report(runs)
-    atomic_write_bytes(out.parent / f"{out.name}.md", text.encode())
+    atomic_write_bytes(out.parent / f"{out.name}.md", report(runs).encode())
     fronts = {LABELS[name]: _front(one) for name, one in runs.items()}
     plot_runs(fronts, out.parent / f"{out.name}.png", title=config.name)
-    return text
+    return runs
 
 
 def variants(config: SearchConfig) -> dict[str, SearchConfig]:
@@ -150,16 +150,38 @@ def _pixels(config: SearchConfig) -> str:
     return f" at {config.data.image_size} px" if config.data.image_size else ""
 
 
-def _comparison(label: str, one: Run) -> str:
+def figures(one: Run) -> dict[str, Any]:
+    """A run in numbers: best accuracy by least speedup, hypervolume, trials, seconds.
+
+    The hypervolume is of (accuracy, latency over dense) against (0, 1.1), over 1.1.
+    """
     completed = _completed(one)
-    best = []
+    best = {}
     for speedup in SPEEDUPS:
         fast = [r.accuracy or 0.0 for r in completed if (r.speedup or 0.0) >= speedup]
-        best.append(f"{max(fast):.4f}" if fast else "none")
+        best[f"{speedup:g}x"] = max(fast, default=None)
     points = [[r.accuracy or 0.0, 1 / (r.speedup or math.inf)] for r in completed]
-    volume = hypervolume(points, (0.0, SLOWEST), [True, False]) / SLOWEST
-    seconds = one.times.get("trials_s", math.nan)
-    return markdown_row([label, *best, f"{volume:.4f}", str(len(one.results())), f"{seconds:.0f}"])
+    return {
+        "best_accuracy": best,
+        "hypervolume": hypervolume(points, (0.0, SLOWEST), [True, False]) / SLOWEST,
+        "trials": len(one.results()),
+        "trials_s": one.times.get("trials_s"),
+    }
+
+
+def _comparison(label: str, one: Run) -> str:
+    found = figures(one)
+    best = ["none" if a is None else f"{a:.4f}" for a in found["best_accuracy"].values()]
+    seconds = found["trials_s"]
+    return markdown_row(
+        [
+            label,
+            *best,
+            f"{found['hypervolume']:.4f}",
+            str(found["trials"]),
+            "" if seconds is None else f"{seconds:.0f}",
+        ]
+    )
 
 
 def _member(r: TrialResult) -> str:

@@ -22,9 +22,8 @@ from ..records import Candidate, TrialResult, TrialStatus, with_provenance
 from ..rows import trial_id
 from ..runs import CONFIG, ENVIRONMENT, TIMES
 from ..seeds import default_seeds
-from ..setup import BLOCKS
 from ..space import Space
-from ..store import Store, atomic_write_bytes, write_json
+from ..store import BLOCKS, Store, atomic_write_bytes, write_json
 from ..surrogate.variation import Variation
 
 COMPACT_EVERY = 256

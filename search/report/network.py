@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..changes import FIXED
 from ..records import TrialResult
-from ..setup import BLOCKS
-from ..store import read_as
+from ..store import BLOCKS, FIXED, read_as
 
 
 @dataclass(frozen=True)

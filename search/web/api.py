@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from threading import Lock
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from starlette.responses import StreamingResponse
+from starlette.responses import HTMLResponse, StreamingResponse
 
 from ..config import dump_config
+from ..runs import Run
 from ..yaml_source import ConfigError
 from . import views
 from .archive import files_of, zipped
@@ -86,6 +88,7 @@ class Service:
         self.ledgers = Ledgers()
         self.watches = Watches(settings.limits.streams)
         self.launcher = Launcher(settings)
+        self._reporting = Lock()
 
     def ledger(self, name: str) -> Ledger:
         """A run's ledger.
@@ -105,6 +108,18 @@ class Service:
             return self.ledger(name).snapshot()
         except (ConfigError, OSError) as error:
             raise ProblemError(409, f"`run` (={name}) cannot be read: {error}") from error
+
+    def report(self, name: str) -> str:
+        """A run as one HTML page; one is made at a time, for it takes memory.
+
+        Raises:
+            ProblemError: If there is no such run.
+        """
+        from ..report import render, report_data  # torch: seconds that others need not wait
+
+        folder = run_folder(self.settings.results, name)
+        with self._reporting:
+            return render(report_data(Run(folder)))
 
     def summaries(self) -> list[RunSummary]:
         """All runs, those that were only just started too."""
@@ -212,6 +227,20 @@ def _add_runs(router: APIRouter, service: Service) -> None:
         ledger = service.ledger(name)
         service.watches.admit()
         return EventStream(service.watches, ledger, last_event_id or after)
+
+    @router.get(
+        "/runs/{name}/report",
+        summary="Download the report",
+        tags=["runs"],
+        response_class=HTMLResponse,
+        responses={200: {"description": "The page."}},
+    )
+    def report(name: RunName) -> HTMLResponse:
+        """One HTML file that needs no network, as `prune-search report` writes it."""
+        service.snapshot(name)  # refuses what cannot be read
+        page = service.report(name)
+        file = f'attachment; filename="{name}-report.html"'
+        return HTMLResponse(page, headers={"Content-Disposition": file})
 
     @router.get("/compare", summary="Compare two runs", tags=["runs"])
     def compare(

@@ -149,17 +149,23 @@ class Client:
 
     def download(self, export: Mapping[str, Any], path: str | Path) -> Path:
         """Writes the archive of an export to a file that must not exist yet."""
-        path = Path(path)
-        address = f"/exports/{quote(str(export['export_id']))}.zip"
-        with self._open(address) as answer, path.open("xb") as file:
-            shutil.copyfileobj(answer, file)
-        return path
+        return self._save(f"/exports/{quote(str(export['export_id']))}.zip", path)
+
+    def report(self, name: str, path: str | Path) -> Path:
+        """Writes the report of a run to a file that must not exist yet."""
+        return self._save(f"/runs/{quote(name)}/report", path)
 
     def events(self, name: str, after: str | None = None) -> Iterator[Event]:
         """The run's events from a cursor on, until the service ends the stream."""
         query = f"?{urlencode({'after': after})}" if after else ""
         with self._open(f"/runs/{quote(name)}/events{query}") as answer:
             yield from _events(answer)
+
+    def _save(self, address: str, path: str | Path) -> Path:
+        path = Path(path)
+        with self._open(address) as answer, path.open("xb") as file:
+            shutil.copyfileobj(answer, file)
+        return path
 
     def _get(self, path: str, **query: Any) -> dict[str, Any]:
         given = {key: value for key, value in query.items() if value is not None}

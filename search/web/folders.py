@@ -12,7 +12,7 @@ from .problems import ProblemError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 READ = (
     CONFIG, ".lock", "baseline.json", "environment.json", "times.json", "front.parquet", "trials",
-    "recipes", "weights", "rungs",
+    "recipes", "weights", "rungs", "blocks.json", "fixed.json",
 )  # fmt: skip
 """What the service, or a command that it starts, reads or writes in a run folder."""
 

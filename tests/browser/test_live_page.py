@@ -169,6 +169,15 @@ def test_a_run_shows_its_front_and_its_texts_as_texts(service: str, new_page: Op
     expect(page.locator("section", has_text="Widths").locator(".share").first).to_be_visible()
 
 
+def test_a_report_is_downloaded_and_opens(service: str, new_page: Open, tmp_path: Path) -> None:
+    page = ready(new_page(f"{service}/runs/one"))
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Report").click()
+    assert download.value.suggested_filename == "one-report.html"
+    download.value.save_as(tmp_path / "one.html")
+    assert "<!DOCTYPE html>" in (tmp_path / "one.html").read_text()[:20]
+
+
 def test_two_runs_are_compared(service: str, new_page: Open) -> None:
     page = ready(new_page(f"{service}/runs/one"))
     page.get_by_role("link", name="Compare").last.click()

@@ -16,7 +16,7 @@ from faults.commands import invoke
 from faults.payload import run_code
 from helpers import SMALL
 
-from prunesearch.search.changes import FIXED, settle_changes
+from prunesearch.search.changes import settle_changes
 from prunesearch.search.config import ConfigError, dump_config, parse_config
 from prunesearch.search.costs import LAYERS, costs_of
 from prunesearch.search.dense import BASELINE, DENSE_WEIGHTS, Baseline, prepare_dense
@@ -25,9 +25,9 @@ from prunesearch.search.records import TrialResult, TrialStatus
 from prunesearch.search.rows import proposal_of
 from prunesearch.search.runs import Run
 from prunesearch.search.sensitivity import SENSITIVITY, measure_sensitivity
-from prunesearch.search.setup import BLOCKS, Problem, make_space, pose
+from prunesearch.search.setup import Problem, make_space, pose
 from prunesearch.search.space import Space
-from prunesearch.search.store import SCHEMA, Store, to_table
+from prunesearch.search.store import BLOCKS, FIXED, SCHEMA, Store, to_table
 from prunesearch.search.yaml_source import read_source
 
 DENSE = {"accuracy": 0.9, "loss": 0.4, "macs": 1000, "num_params": 100, "peak_memory_mib": 1.0,

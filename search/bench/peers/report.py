@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ Curves = dict[str, dict[str, list[list[float]]]]  # cost -> method -> one curve 
 
 def write_report(
     out: Path, config: SearchConfig, *, seconds: float, seeds: int, methods: Sequence[str]
-) -> str:
+) -> dict[str, Any]:
     """Measures the latencies that are missing and writes OUT.md, OUT.parquet and OUT.png.
 
     Returns:
-        The Markdown.
+        The Markdown, and its numbers: hypervolume by cost, method and seed at `fractions` of the
+        time, candidates and failures by method.
     """
     curves: Curves = {cost: {name: [] for name in methods} for cost in COSTS}
     rows: list[dict[str, Any]] = []
@@ -74,7 +76,14 @@ def write_report(
         dense=dense,
     )
     atomic_write_bytes(f"{out}.md", text.encode())
-    return text
+    return {
+        "markdown": text,
+        "seconds": seconds,
+        "fractions": list(FRACTIONS),
+        "hypervolume": curves,
+        "candidates": Counter(row["method"] for row in rows),
+        "failures": failures,
+    }
 
 
 def _point(entry: Entry, known: Mapping[str, Any], baseline: Mapping[str, Any]) -> Point:

@@ -35,7 +35,7 @@ def bench_peers(
     seconds: float,
     seeds: int,
     methods: Sequence[str] = tuple(METHODS),
-) -> str:
+) -> dict[str, Any]:
     """Runs (or finishes, or only reads) the benchmark and writes what came out.
 
     Args:
@@ -48,7 +48,7 @@ def bench_peers(
         methods: Names from `METHODS`.
 
     Returns:
-        The Markdown of OUT.md.
+        The Markdown of OUT.md, and its numbers, as `write_report` gives them.
 
     Raises:
         ConfigError: If a method cannot be run, or `out` holds another benchmark.

@@ -185,7 +185,8 @@ class RunPage {
       (state === "interrupted" || state === "failed") && act("Resume", "resume", () => ({}), "main"),
       !isLive && more,
       !isLive && act("Extend", "extend", () => ({ trials: Number(more.value) }), ""),
-      h("a", { class: "button", href: `/compare?a=${encodeURIComponent(this.name)}` }, "Compare"));
+      h("a", { class: "button", href: `/compare?a=${encodeURIComponent(this.name)}` }, "Compare"),
+      h("a", { class: "button", href: `/api/v1/runs/${encodeURIComponent(this.name)}/report`, download: "" }, "Report"));
   }
 
   async #act(button, path, body) {
