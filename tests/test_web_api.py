@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -391,15 +392,17 @@ def test_guessing_is_slow(results: Path) -> None:
 # --- limits ----------------------------------------------------------------------------------
 
 
-def test_large_bodies_are_refused(served: Served) -> None:
-    large = b'{"config": "' + b"x" * 300_000 + b'"}'
-    order = {"Content_Type": "application/json"}
-    assert problem(ask(served, "/api/v1/checks", "POST", large, **order))[0] == 413
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-    pieces = (b"x" * 50_000 for _ in range(8))  # its size is not told beforehand
-    connection.request("POST", "/api/v1/checks", pieces, {"Content-Type": "application/json"})
-    assert connection.getresponse().status == 413
-    connection.close()
+@pytest.mark.parametrize("head", ["Content-Length: 300000", "Transfer-Encoding: chunked"])
+def test_large_bodies_are_refused(served: Served, head: str) -> None:
+    size = 50_000 if "chunked" in head else 0
+    chunk = b"%x\r\n" % size + b"x" * size + b"\r\n"
+    order = f"POST /api/v1/checks HTTP/1.1\r\nHost: localhost\r\n{head}\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as client:
+        client.sendall(f"{order}Content-Type: application/json\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):  # the service need not read on
+            for _ in range(8 if size else 0):
+                client.sendall(chunk)
+        assert client.makefile("rb").readline().split()[1] == b"413"
 
 
 def test_rates_are_bounded(results: Path) -> None:
@@ -495,7 +498,7 @@ def test_many_follow_one_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_does_not_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "TAKEN_WITHIN_S", 0.3)
+    monkeypatch.setattr(watch, "TAKEN_WITHIN_S", 3.0)
     folder = make_run(tmp_path, "large", 1)
     draw = random.Random(0)
     rows = [make_row(n, draw) for n in range(1, 4_000)]
