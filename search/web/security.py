@@ -121,9 +121,10 @@ class Guard:
             await send(message)
 
         try:
-            refusal = self._refusal(scope, Headers(scope=scope))
+            headers = Headers(scope=scope)
+            refusal = self._refusal(scope, headers)
             if refusal is None and scope["method"] not in SAFE_METHODS:
-                receive = await self._limited(receive)
+                receive = await self._limited(receive, headers.get("content-length", ""))
         except ProblemError as error:
             refusal = problem(error.status, str(error), error.headers)
         try:
@@ -217,9 +218,21 @@ class Guard:
         self._check_rate(self._logins, scope)
         return False
 
-    async def _limited(self, receive: Receive) -> Receive:
-        """Reads the body; whoever reads it again gets it from memory."""
+    async def _limited(self, receive: Receive, announced: str) -> Receive:
+        """Reads the body; whoever reads it again gets it from memory.
+
+        Args:
+            receive: Where it comes from.
+            announced: The request's Content-Length: what is too large need not arrive.
+        """
         most, body = self._settings.limits.body_bytes, b""
+        too_large = ProblemError(
+            413,
+            f"`body` must be at most {most // 1024} KiB: it is larger. Shorten it.",
+            {"Connection": "close"},
+        )
+        if announced.isdecimal() and int(announced) > most:
+            raise too_large
         try:
             async with asyncio.timeout(BODY_WITHIN_S):
                 more = True
@@ -228,12 +241,7 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > most:
-                        raise ProblemError(
-                            413,
-                            f"`body` must be at most {most // 1024} KiB: it is larger. Shorten "
-                            "it.",
-                            {"Connection": "close"},
-                        )
+                        raise too_large
         except TimeoutError:
             raise ProblemError(
                 408, "`body` must arrive within 30 s: it did not. Send it again."
