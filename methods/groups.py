@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .channel_flow import follow_channels
@@ -93,6 +91,9 @@ class _Coupling:
     """
 
     def __init__(self, model: nn.Module, flow: Flow) -> None:
+        from scipy.sparse import coo_array  # half a second that workers and probes need not wait
+        from scipy.sparse.csgraph import connected_components
+
         self._modules = dict(model.named_modules())
         self._flow = flow
         self._whole = kept_whole(model)

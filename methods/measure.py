@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .trace import evaluating
 
@@ -221,7 +220,10 @@ class _Flops(_Mode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # and Triton, which a probe spares
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self._formulas = flop_registry
         self.total = 0
 
     def __torch_dispatch__(
@@ -229,7 +231,7 @@ class _Flops(_Mode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=result))
         return result

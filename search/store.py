@@ -340,6 +340,9 @@ def _plain_rows(path: Path) -> list[dict[str, Any]]:
     wanted = pa.schema([SCHEMA.field(name) for name in table.column_names])
     if table.schema.types != wanted.types:
         table = table.cast(wanted)
+    for place, field in enumerate(table.schema):
+        if field.type == _TIME:  # pyarrow would import pandas to make a datetime of it
+            table = table.set_column(place, field.name, table[place].cast(pa.int64()))
     rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
     return rows
 
@@ -363,7 +366,7 @@ def _from_row(row: dict[str, Any]) -> TrialResult:
     values["status"] = TrialStatus(values["status"])
     for name in ("started_at", "finished_at"):
         if name in values:
-            values[name] = values[name].timestamp()
+            values[name] /= 1e6
     result = TrialResult(**values)
     _check(result)
     return result

@@ -12,10 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..methods.exported import read_recipe
 from ..methods.plugins import Kind
 from .early_stop import ladder_of, rank_correlations
-from .export import read_export
 from .metrics import dense_value, metrics_of, split
 from .records import Candidate, TrialResult
 from .runs import Run
@@ -173,6 +171,9 @@ def time_table(run: Run) -> Table:
 
 def export_summary(folder: Path) -> dict[str, str]:
     """What an export is, in a few lines."""
+    from ..methods.exported import read_recipe  # torch: seconds that other tables need not wait
+    from .export import read_export
+
     recipe, export = read_recipe(folder), read_export(folder)
     trial, baseline, test = recipe["trial"], recipe["baseline"], recipe["test"]
     forms = {

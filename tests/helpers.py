@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from zygote import Zygote
 
 Invoke = Callable[..., tuple[int, str, str]]  # the fixture `invoke`
 
@@ -41,15 +44,17 @@ def write_config(folder: Path, text: str = SMALL) -> Path:
     return path
 
 
-def command(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+@functools.cache
+def _zygote() -> Zygote:
+    return Zygote()
+
+
+def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [*PRUNE_SEARCH, *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"NO_COLOR": "1"},
+    words = [str(word) for word in args]
+    env = os.environ | {"NO_COLOR": "1"}
+    return subprocess.CompletedProcess(
+        words, *_zygote().run(words, cwd=Path.cwd(), env=env, timeout_s=400)
     )
 
 

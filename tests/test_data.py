@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from prunesearch.methods.data import DATASETS, load_data
 from prunesearch.methods.data import cifar as cifar_module
+from prunesearch.methods.data.digits import read_digits
 from prunesearch.methods.data.fashion_mnist import DEBIAN, read_idx
 from prunesearch.methods.data.image_data import channel_statistics, convert_channels, resize
 from prunesearch.methods.data.split import stratified_split, stratified_subset
@@ -156,6 +158,16 @@ def test_digits_keep_their_pixels():
     assert len(data.train) + len(data.val) + len(data.test) == 1797
     assert data.train.images.max() == 255
     assert not data.official_test and not data.horizontal_flip
+
+
+def test_digits_are_scikit_learn_s():
+    known = load_digits()
+    source, test = read_digits(None)
+    images = source.read(torch.arange(1797), None)
+    assert test is None and torch.equal(source.labels, torch.from_numpy(known.target))
+    assert (
+        images.double().mul(16 / 255).round().flatten().tolist() == known.images.ravel().tolist()
+    )
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"Debian's dataset-fashion-mnist: no {DEBIAN}")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from web import make_run
+
 import prunesearch.methods
 
 WORKER = """
@@ -57,6 +59,21 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not {'torch', 'ray', 'pandas', 'optuna'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_looking_at_a_run_imports_nothing_heavy(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "one", 5)
+    for words in (["status", str(run)], ["front", str(run)], ["list", str(tmp_path)]):
+        script = (
+            "import sys\n"
+            "from prunesearch.search import cli\n"
+            f"sys.argv = ['prune-search', *{words}]\n"
+            "try: cli.main()\n"
+            "except SystemExit as ended: assert not ended.code\n"
+            "heavy = {'torch', 'ray', 'optuna', 'pandas', 'scipy', 'sklearn'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_methods_never_import_the_search() -> None:

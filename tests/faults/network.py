@@ -106,21 +106,22 @@ class Network:
 
     def wait_for(self, num_nodes: int) -> None:
         """Waits until so many nodes are alive."""
-        deadline = time.monotonic() + 120
         code = (
-            "import ray\n"
+            "import time, ray\n"
             f"ray.init('{self.address(0)}:{PORT}', log_to_driver=False, logging_level='ERROR')\n"
-            "print(sum(node['Alive'] for node in ray.nodes()))"
+            f"while sum(node['Alive'] for node in ray.nodes()) != {num_nodes}: time.sleep(0.3)"
         )
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while True:  # Ray itself may not be there yet
             done = subprocess.run(
                 self.inside(0, sys.executable, "-c", code),
-                capture_output=True, text=True, env=self.environment, timeout=100, check=False,
+                capture_output=True, text=True, env=self.environment, timeout=120, check=False,
             )  # fmt: skip
-            if done.stdout.strip() == str(num_nodes):
+            if done.returncode == 0:
                 return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{num_nodes} nodes did not come: {done.stderr[-2000:]}")
             time.sleep(1)
-        raise TimeoutError(f"{num_nodes} nodes did not come: {done.stdout} {done.stderr[-2000:]}")
 
     def cut_off(self, i: int) -> None:
         """Unplugs node `i`."""
