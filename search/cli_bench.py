@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,9 @@ from .cli_common import (
 )
 from .yaml_source import ConfigError
 
+OutFile = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE.md", help="Where the table goes, too.")
+]
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks that print one table each.")
 
 
@@ -202,13 +206,18 @@ def bench_serve_command(
     pause_s: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two requests of a reader.")
     ] = 5.0,
+    out_file: OutFile = None,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Load the live page with readers while a search runs, beside the same search alone."""
     search = load(config, set_ or [])
-    from .bench.serve import bench_serve, serve_table
+    from .bench.serve import bench_serve, serve_markdown, serve_table
+    from .runs import check_writable
+    from .store import atomic_write_bytes
 
+    if out_file is not None:
+        check_writable(out_file)
     result = bench_serve(
         search,
         lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True),
@@ -217,6 +226,9 @@ def bench_serve_command(
         rounds=rounds,
         pause_s=pause_s,
     )
+    if out_file is not None:
+        text = serve_markdown(result, shlex.join(["prune-search", *sys.argv[1:]]))
+        atomic_write_bytes(out_file, text.encode())
     out.print_json(json.dumps(result)) if as_json else print_wide(serve_table(result))
 
 
@@ -307,9 +319,7 @@ def bench_export_command(
     models: Annotated[
         str | None, typer.Option(help="Comma-separated models; all by default.")
     ] = None,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.md", help="Write the report too.")
-    ] = None,
+    out_file: OutFile = None,
     runs: Annotated[int, typer.Option(min=10, help="Timed runs of each form.")] = 200,
     threads: Annotated[int, typer.Option(min=1, help="Of torch and of the runtime.")] = 1,
     as_json: AsJson = False,
@@ -339,12 +349,10 @@ def bench_export_command(
 def bench_report_command(
     trials: Annotated[int, typer.Option(min=10, max=99_999, help="Invented trials.")] = 10_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often the page is opened.")] = 5,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.md", help="Where the table goes, too.")
-    ] = None,
+    out_file: OutFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how soon the report of many trials shows in Chromium, and how fast it answers."""
+    """Measure how soon report and live page of many trials show, and how fast they answer."""
     from .bench.report import bench_report, report_markdown
     from .runs import check_writable
     from .store import atomic_write_bytes

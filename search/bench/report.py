@@ -1,4 +1,7 @@
-"""`prune-search bench report`: how soon a report of many trials shows, and how fast it answers."""
+"""`prune-search bench report`: many trials in the report and on the live page.
+
+How soon they show, and how fast the pages answer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ..environment import environment
 from ..report import write_report
 from ..runs import Run
 from .common import markdown_row, spread
+from .serve import served
 from .synthetic import synthetic_run
 
 if TYPE_CHECKING:
@@ -23,10 +27,11 @@ if TYPE_CHECKING:
 VIEW = {"width": 1280, "height": 900}
 READY = "html[data-ready=true]"
 
-_LOADING = """() => ({
-  paint_ms: performance.getEntriesByName("first-contentful-paint")[0].startTime,
+_PAINT = """performance.getEntriesByName("first-contentful-paint")[0].startTime"""
+_LOADING = f"""() => ({{
+  paint_ms: {_PAINT},
   ready_ms: performance.getEntriesByName("report-ready")[0].startTime,
-})"""
+}})"""
 
 _PRESENTED = "await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));"
 
@@ -50,9 +55,36 @@ INTERACTIONS = {
     ),
 }
 
+LIVE_INTERACTIONS = {
+    "live_axis_ms": (
+        "another horizontal axis",
+        """const axis = document.querySelector("#front select");
+        axis.value = axis.value === "macs" ? "latency_ms" : "macs";
+        axis.dispatchEvent(new Event("change"));""",
+    ),
+    "live_sort_ms": ("all trials sorted by another column", INTERACTIONS["sort_ms"][1]),
+    "live_filter_ms": (
+        "trials of another status",
+        """const status = document.querySelector("#trials select");
+        status.value = status.value ? "" : "completed";
+        status.dispatchEvent(new Event("change"));""",
+    ),
+}
+_ALL_THERE = """async (count) => {
+  const isThere = () =>
+    document.querySelector("#trials .pager")?.textContent.endsWith(` of ${count}`);
+  while (!isThere()) await new Promise(requestAnimationFrame);
+  await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));
+  return performance.now();
+}"""
+
 
 def bench_report(trials: int, rounds: int) -> dict[str, Any]:
-    """Writes the report of an invented run and opens it in Chromium, `rounds` times.
+    """Writes the report of an invented run, serves the run, and opens both in Chromium.
+
+    Args:
+        trials: Of the run.
+        rounds: How often each page is opened.
 
     Raises:
         ConfigError: If playwright or Chromium is missing.
@@ -79,6 +111,9 @@ def bench_report(trials: int, rounds: int) -> dict[str, Any]:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium)
             opened = [_open(browser, path) for _ in range(rounds)]
+            with served(run.folder.parent) as (url, _):
+                for one in opened:
+                    one |= _open_live(browser, f"{url}/runs/{run.folder.name}", trials)
             result["browser"] = browser.version
             browser.close()
     result["measured"] = {name: [one[name] for one in opened] for name in opened[0]}
@@ -89,15 +124,15 @@ def report_markdown(result: Mapping[str, Any]) -> str:
     """`bench_report` as a page for results/."""
     here, measured = result["environment"], result["measured"]
     rows = [
-        ("first contentful paint", spread(measured["paint_ms"], 0)),
-        ("all figures drawn, every control answers", spread(measured["ready_ms"], 0)),
-        *(
-            (f"interaction: {label}", spread(measured[name], 0))
-            for name, (label, _) in INTERACTIONS.items()
-        ),
+        ("report: first contentful paint", spread(measured["paint_ms"], 0)),
+        ("report: all figures drawn, every control answers", spread(measured["ready_ms"], 0)),
+        *_interactions("report", INTERACTIONS, measured),
+        ("live page: first contentful paint", spread(measured["live_paint_ms"], 0)),
+        ("live page: all trials there and drawn", spread(measured["live_ready_ms"], 0)),
+        *_interactions("live page", LIVE_INTERACTIONS, measured),
     ]
     lines = [
-        "# A report of many trials",
+        "# A report and a live page of many trials",
         "",
         f"`prune-search bench report --trials {result['trials']}`: an invented run of ResNet-20 "
         f"with {result['trials']:,} trials, written through the store. The report took "
@@ -105,6 +140,7 @@ def report_markdown(result: Mapping[str, Any]) -> str:
         f"parameter importance included) and has {result['mib']:.1f} MiB, 4.6 of them Plotly. "
         f"Headless Chromium {result['browser']}, {here['cores']} cores of {here['cpu']}, no GPU.",
         "",
+        "The live page is that of `prune-search serve` on the same machine. "
         f"Milliseconds, median (range) of {len(measured['paint_ms'])} loads; an interaction is "
         "timed from the event until the frame after the next one begins.",
         "",
@@ -115,12 +151,33 @@ def report_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _interactions(
+    page: str, asked: Mapping[str, tuple[str, str]], measured: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    return [
+        (f"{page}, interaction: {label}", spread(measured[name], 0))
+        for name, (label, _) in asked.items()
+    ]
+
+
 def _open(browser: Browser, path: Path) -> dict[str, float]:
     page = browser.new_page(viewport=VIEW)  # type: ignore[arg-type]
     page.goto(path.resolve().as_uri(), wait_until="commit", timeout=120_000)
     page.wait_for_selector(READY, state="attached", timeout=120_000)
     found: dict[str, float] = page.evaluate(_LOADING)
     found |= {name: _time(page, code) for name, (_, code) in INTERACTIONS.items()}
+    page.close()
+    return found
+
+
+def _open_live(browser: Browser, url: str, trials: int) -> dict[str, float]:
+    page = browser.new_page(viewport=VIEW)  # type: ignore[arg-type]
+    page.set_default_timeout(120_000)
+    page.goto(url, wait_until="commit")
+    page.wait_for_selector("main[data-ready]", state="attached")
+    ready_ms = page.evaluate(_ALL_THERE, trials)
+    found = {"live_paint_ms": page.evaluate(_PAINT), "live_ready_ms": ready_ms}
+    found |= {name: _time(page, code) for name, (_, code) in LIVE_INTERACTIONS.items()}
     page.close()
     return found
 

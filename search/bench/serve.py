@@ -26,8 +26,9 @@ from typing import Any
 from rich.table import Table
 
 from ..config import SearchConfig, dump_config, parse_config
+from ..environment import environment
 from ..runs import Run
-from .common import spread
+from .common import markdown_row, spread
 
 CLI = [sys.executable, "-P", "-m", "prunesearch.search.cli"]
 SELF = [sys.executable, "-P", "-m", "prunesearch.search.bench.serve"]
@@ -70,7 +71,7 @@ def bench_serve(
             say(f"round {number + 1} of {rounds}: alone")
             found["alone_s"].append(_search(path, results / f"alone{number}"))
             say(f"round {number + 1} of {rounds}: with {clients} readers and {streams} streams")
-            with _served(results) as (url, pid), _Readers(url, clients, streams, pause_s) as load:
+            with served(results) as (url, pid), _Readers(url, clients, streams, pause_s) as load:
                 before = _cpu_s(pid)
                 memory = _Memory(pid)
                 load.start(f"read{number}")
@@ -78,14 +79,41 @@ def bench_serve(
                 cpu_s = _cpu_s(pid) - before
             found["load"].append(load.report | memory.report | {"cpu_s": cpu_s})
     ratios = [b / a for a, b in zip(found["alone_s"], found["read_s"], strict=True)]
-    return {"clients": clients, "streams": streams, "pause_s": pause_s, "ratios": ratios, **found}
+    asked = {"clients": clients, "streams": streams, "pause_s": pause_s}
+    return asked | found | {"ratios": ratios, "environment": environment()}
 
 
 def serve_table(result: Mapping[str, Any]) -> Table:
     """The result for people."""
-    loads: Sequence[Mapping[str, Any]] = result["load"]
     table = Table(title="prune-search serve under load", show_header=False)
-    rows = [
+    for row in _rows(result):
+        table.add_row(*row)
+    return table
+
+
+def serve_markdown(result: Mapping[str, Any], command: str) -> str:
+    """The result as a page for results/."""
+    here = result["environment"]
+    lines = [
+        "# The live page under load",
+        "",
+        f"`{command}`: readers ask for a page of the run at a time, event streams are read as "
+        "fast as they come, and all of them are one process on the machine that also searches and "
+        f"serves: {here['cores']} cores of {here['cpu']}. The same search runs alone and with "
+        f"readers, {len(result['ratios'])} times in turn; seconds are those of its trials.",
+        "",
+        "Median (range) of the rounds.",
+        "",
+        markdown_row(["", ""]),
+        markdown_row(["---", "---:"]),
+        *(markdown_row(row) for row in _rows(result)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    loads: Sequence[Mapping[str, Any]] = result["load"]
+    return [
         ("readers, event streams", f"{result['clients']}, {result['streams']}"),
         ("seconds between two requests of a reader", f"{result['pause_s']:g}"),
         ("requests", " ".join(str(load["requests"]) for load in loads)),
@@ -101,9 +129,6 @@ def serve_table(result: Mapping[str, Any]) -> Table:
         ("search with readers, s", spread(result["read_s"], 1)),
         ("ratio", spread(result["ratios"], 3)),
     ]
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 # --- the search and the service --------------------------------------------------------------
@@ -130,7 +155,8 @@ def _search(config: Path, folder: Path, each: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def _served(results: Path) -> Iterator[tuple[str, int]]:
+def served(results: Path) -> Iterator[tuple[str, int]]:
+    """The service over a results folder, in a process of its own: its address and process id."""
     process = subprocess.Popen(
         [*CLI, "serve", str(results), "--port", "0"], stdout=subprocess.PIPE, text=True
     )

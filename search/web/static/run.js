@@ -120,7 +120,7 @@ class RunPage {
         h("div", { class: "row controls" },
           choice("against", [["trials", "trials that ended"], ["seconds", "seconds"]], "trials", (value) => {
             this.against = value;
-            this.#soon();
+            this.#draw();
           })),
         this.steps.element),
       part("trials", "Trials", this.table.element),
@@ -133,8 +133,8 @@ class RunPage {
   #choices() {
     const options = this.run.metrics.map((metric) => [metric, title(metric)]);
     put(this.frontChoice,
-      choice("across", options, this.x, (value) => { this.x = value; this.#soon(); }),
-      choice("up", options, this.y, (value) => { this.y = value; this.#soon(); }));
+      choice("across", options, this.x, (value) => { this.x = value; this.#draw(); }),
+      choice("up", options, this.y, (value) => { this.y = value; this.#draw(); }));
   }
 
   #progress() {
