@@ -25,12 +25,14 @@ import pytest
 import torch
 from helpers import PRUNE_SEARCH, SMALL, forget_user_code
 from safetensors.torch import save_file
+from web import serving
 
 from prunesearch.methods.models.resnet_cifar import resnet20
 from prunesearch.search import Run, cli, jobs_node, load_pruned
 from prunesearch.search.job_server import connect
 from prunesearch.search.jobs import _Log
 from prunesearch.search.jobs_node import Answer, seal, unseal
+from prunesearch.search.web.client import Client
 
 TOKEN = "0123456789abcdef" * 4
 STARTS_WITHIN_S = 240.0
@@ -365,6 +367,27 @@ def test_stop_leaves_a_run_that_resumes_and_rays_own_stop_is_as_gentle(
     assert client.get_job_status(resumed).value == "STOPPED"
     assert "no more trials start: interrupted" in client.get_job_logs(resumed)
     assert before < {result.trial_id for result in Run(out).results()}
+
+
+@RAYS_OWN
+def test_the_service_starts_and_stops_searches_as_jobs(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with serving(head.results, job_server=head.address) as served:
+        client = Client(served.url)
+        check = client.check(SMALL, ["name=third", "search.trials=500"])
+        assert client.start(check["check_id"])["name"] == "third"
+        wait_until(
+            lambda: any(run["name"] == "third" and run["finished"] for run in client.runs()),
+            STARTS_WITHIN_S,
+        )
+        assert client.run("third")["state"] == "running"
+        assert client.stop("third").startswith("third was asked to stop")
+        wait_until(lambda: client.run("third")["state"] == "interrupted", STARTS_WITHIN_S)
+        assert "no more trials start" in client.log("third")
+    (job,) = [j for j in client_of(head).list_jobs() if "third" in (j.submission_id or "")]
+    assert job.status.is_terminal()
 
 
 # --- helpers ---------------------------------------------------------------------------------

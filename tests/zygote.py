@@ -52,9 +52,8 @@ class Zygote:
 
 
 def _serve() -> None:
-    import ray.tune  # noqa: F401
-
-    from prunesearch.search import cli, driver, runs, setup, tables  # noqa: F401
+    # The cluster first: it says that Ray asks for a token, and Ray looks when it is imported.
+    from prunesearch.search import cli, cluster, driver, runs, setup, tables  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
