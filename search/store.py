@@ -385,6 +385,9 @@ def _check(row: TrialResult) -> None:
             raise ValueError(f"{path!r} is no file in {folder}/")
     if not isinstance(json.loads(row.candidate), dict):
         raise ValueError("the candidate is no JSON object")
+    for moment in (row.started_at, row.finished_at):
+        if moment is not None:
+            datetime.fromtimestamp(moment, UTC)  # fails where it is none
     reached = max(row.fidelity, len(row.accuracy_by_fidelity) - 1)
     if row.fidelity < 0 or reached > FULL_FIDELITY:
         raise ValueError(f"there is no fidelity {reached}")

@@ -385,7 +385,7 @@ def test_the_service_starts_and_stops_searches_as_jobs(
         assert client.run("third")["state"] == "running"
         assert client.stop("third").startswith("third was asked to stop")
         wait_until(lambda: client.run("third")["state"] == "interrupted", STARTS_WITHIN_S)
-        assert "no more trials start" in client.log("third")
+        wait_until(lambda: "no more trials start" in client.log("third"), STARTS_WITHIN_S)
     (job,) = [j for j in client_of(head).list_jobs() if "third" in (j.submission_id or "")]
     assert job.status.is_terminal()
 

@@ -100,7 +100,7 @@ def test_other_readers(tmp_path: Path) -> None:
     assert ours["macs"].tolist()[:3] == [2**40, 2**40 + 1, 2**40 + 2] and ours["macs"].isna()[3]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "no time"])
 def test_a_damaged_part_is_set_aside_and_costs_no_other(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path)
     rows = fill(store)
@@ -113,6 +113,11 @@ def test_a_damaged_part_is_set_aside_and_costs_no_other(tmp_path: Path, damage: 
         path.write_bytes(data)
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "no time":
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("finished_at")
+        late = pa.array([2**62]).cast(SCHEMA.field("finished_at").type)
+        pq.write_table(table.set_column(place, "finished_at", late), path)
     else:
         pq.write_table(pa.table({"a": [1]}), path)
     with pytest.warns(UserWarning, match=r"trial-00001\.parquet .*_corrupt-trial-00001"):

@@ -52,7 +52,7 @@ class Zygote:
 
 
 def _serve() -> None:
-    # The cluster first: it says that Ray asks for a token, and Ray looks when it is imported.
+    # The cluster first: it tells Ray a few things, and Ray looks when it is imported.
     from prunesearch.search import cli, cluster, driver, runs, setup, tables  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
