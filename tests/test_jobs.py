@@ -385,7 +385,9 @@ def test_the_service_starts_and_stops_searches_as_jobs(
         assert client.run("third")["state"] == "running"
         assert client.stop("third").startswith("third was asked to stop")
         wait_until(lambda: client.run("third")["state"] == "interrupted", STARTS_WITHIN_S)
-        wait_until(lambda: "no more trials start" in client.log("third"), STARTS_WITHIN_S)
+        launches = served.app.service.launcher.launches
+        wait_until(lambda: launches()["third"].code is not None, STARTS_WITHIN_S)
+        assert "no more trials start" in client.log("third")
     (job,) = [j for j in client_of(head).list_jobs() if "third" in (j.submission_id or "")]
     assert job.status.is_terminal()
 
