@@ -156,6 +156,7 @@ def test_most_trials_stop_early_and_the_front_holds_completed_ones(tmp_path: Pat
         "--set", "resources.max_concurrent=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "afresh" not in done.stderr, "a trial goes on from what another worker evaluated"
     run = Run(tmp_path / "out")
     assert run.finished and not list((run.folder / "rungs").iterdir())
     rows = run.results()

@@ -70,13 +70,13 @@ LIVE_INTERACTIONS = {
         status.dispatchEvent(new Event("change"));""",
     ),
 }
-_ALL_THERE = """async (count) => {
+_ALL_THERE = f"""async (count) => {{
   const isThere = () =>
-    document.querySelector("#trials .pager")?.textContent.endsWith(` of ${count}`);
+    document.querySelector("#trials .pager")?.textContent.endsWith(` of ${{count}}`);
   while (!isThere()) await new Promise(requestAnimationFrame);
-  await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));
+  {_PRESENTED}
   return performance.now();
-}"""
+}}"""
 
 
 def bench_report(trials: int, rounds: int) -> dict[str, Any]:
